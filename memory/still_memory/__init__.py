@@ -1,0 +1,76 @@
+"""What a conversation remembers: spans of KV slots, compactors, and the store that keeps them.
+
+Names are imported when first used, so that `import still_memory` costs nothing and loads no
+torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from still_memory.checkpoint import Checkpoint, Entry
+    from still_memory.compactors.base import Compactor
+    from still_memory.errors import (
+        BudgetError,
+        CompactorError,
+        ConflictError,
+        DamageError,
+        IdentityError,
+        InputError,
+        StillError,
+        StoreError,
+        UnknownSessionError,
+    )
+    from still_memory.identity import CompactorIdentity, ModelIdentity
+    from still_memory.records import Head, NewTurn, SessionInfo, StoreStats, TurnRecord
+    from still_memory.span import Slots, Span
+    from still_memory.store import MemoryStore
+
+__all__ = [
+    "BudgetError",
+    "Checkpoint",
+    "Compactor",
+    "CompactorError",
+    "CompactorIdentity",
+    "ConflictError",
+    "DamageError",
+    "Entry",
+    "Head",
+    "IdentityError",
+    "InputError",
+    "MemoryStore",
+    "ModelIdentity",
+    "NewTurn",
+    "SessionInfo",
+    "Slots",
+    "Span",
+    "StillError",
+    "StoreError",
+    "StoreStats",
+    "TurnRecord",
+    "UnknownSessionError",
+]
+
+_HOMES = {
+    "checkpoint": ("Checkpoint", "Entry"),
+    "compactors.base": ("Compactor",),
+    "identity": ("CompactorIdentity", "ModelIdentity"),
+    "records": ("Head", "NewTurn", "SessionInfo", "StoreStats", "TurnRecord"),
+    "span": ("Slots", "Span"),
+    "store": ("MemoryStore",),
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module 'still_memory' has no attribute {name!r}")
+    value = getattr(import_module(f"still_memory.{_HOME.get(name, 'errors')}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,87 @@
+"""Checkpoints in the store: a short list of entries, and a digest that seals all it rests on.
+
+The seal covers the session's name, generation, model and settings, the digest of its last turn
+(and so every turn), and the entries with their spans' addresses (and so every tensor).
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Mapping
+
+from pydantic import ConfigDict, TypeAdapter
+
+from still_memory.checkpoint import Checkpoint, Entry, Share
+from still_memory.ledger import digest
+from still_memory.records import Head, to_json
+from still_memory.span import Span
+
+Content = tuple[int, int, str, str]  # slots, bytes, entries, extra: as the row holds them
+
+
+_Row = tuple[str, int, int, int, Share, int]  # address, low, high, base, share, level
+_ROWS = TypeAdapter(list[_Row], config=ConfigDict(strict=True))
+
+
+def dump_entries(checkpoint: Checkpoint, addresses: Mapping[Span, str]) -> str:
+    """The entries as JSON, each with its span's address."""
+    rows = [
+        (addresses[e.span], e.low, e.high, e.base, e.share, e.level) for e in checkpoint.entries
+    ]
+    return to_json(rows, "entries")
+
+
+def addresses_in(entries: str) -> list[str]:
+    """The addresses that the entries name, each once. ValueError if they are not entries."""
+    return list(dict.fromkeys(row[0] for row in _ROWS.validate_json(entries)))
+
+
+def build(entries: str, extra: str, tokens: int, spans: Mapping[str, Span]) -> Checkpoint:
+    """The checkpoint of these rows. ValueError (InputError is one) if they do not make one."""
+    rows = _ROWS.validate_json(entries)
+    placed = tuple(Entry(spans[row[0]], *row[1:]) for row in rows)
+    return Checkpoint(placed, tokens, json.loads(extra))
+
+
+def seal(key: bytes, head: Head, last_turn: bytes, settings: str, content: Content) -> bytes:
+    """The digest of a checkpoint; `last_turn` is its last turn's own."""
+    return digest(
+        key,
+        b"still checkpoint",
+        head.session,
+        head.generation,
+        head.model.address,
+        head.turns,
+        head.tokens,
+        last_turn,
+        settings,
+        *content,
+    )
+
+
+def insert(conn: sqlite3.Connection, head: Head, content: Content, mark: bytes) -> int:
+    """Save a checkpoint's row; its id."""
+    row: tuple[int] = conn.execute(
+        "insert into checkpoints (session, generation, turn, turns, tokens, slots, bytes,"
+        " entries, extra, digest) values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) returning id",
+        (head.session_id, head.generation, head.turn, head.turns, head.tokens, *content, mark),
+    ).fetchone()
+    return row[0]
+
+
+def collect(conn: sqlite3.Connection, session: int, newest: int) -> None:
+    """Drop a session's checkpoints up to generation `newest`, and spans that no other holds."""
+    spans = conn.execute(
+        "select distinct span from checkpoint_spans where checkpoint in"
+        " (select id from checkpoints where session = ?1 and generation <= ?2)",
+        (session, newest),
+    ).fetchall()
+    conn.execute(
+        "delete from checkpoints where session = ?1 and generation <= ?2", (session, newest)
+    )
+    conn.executemany(
+        "delete from spans where id = ?1"
+        " and not exists (select 1 from checkpoint_spans where span = ?1)",
+        spans,
+    )

@@ -1,0 +1,293 @@
+"""Still: one Perceiver a layer, one forward pass from a long cache to a short one.
+
+`forward` is batched and differentiable, for training; `compact` is the `Compactor` protocol
+over spans. A compactor is saved as a folder: `config.json` (settings and the identity of the
+model it was trained against) and `model.safetensors`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import cast
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from still_memory.compactors.still.config import StillConfig
+from still_memory.compactors.still.perceiver import Perceiver
+from still_memory.compactors.still.scorer import Scorer
+from still_memory.errors import CompactorError, InputError
+from still_memory.identity import CompactorIdentity, ModelIdentity
+from still_memory.span import Slots, Span
+
+
+@dataclass
+class Cache:
+    """A batch of caches, every layer stacked; keys carry no rotation.
+
+    Layers with fewer slots are padded; a slot with bias minus infinity is empty. `settled`
+    slots were written by an earlier round.
+    """
+
+    keys: Tensor  # (L, B, H, S, d)
+    values: Tensor  # (L, B, H, S, d)
+    positions: Tensor  # (L, B, H, S) logical
+    bias: Tensor  # (L, B, H, S)
+    mass: Tensor  # (L, B, H, S) tokens each slot stands for
+    salience: Tensor  # (L, B, H, S) scorer's logits; meaningless where not settled
+    settled: Tensor  # (L, B, H, S) bool
+
+    @classmethod
+    def raw(cls, keys: Tensor, values: Tensor, start: int = 0) -> Cache:
+        """Freshly computed keys and values, one slot a token."""
+        shape, device = keys.shape[:-1], keys.device
+        positions = torch.arange(start, start + shape[-1], dtype=torch.float32, device=device)
+        zero = torch.zeros(shape, device=device)
+        return cls(
+            keys, values, positions.expand(shape), zero, torch.ones_like(zero), zero,
+            torch.zeros(shape, dtype=torch.bool, device=device),
+        )  # fmt: skip
+
+    @classmethod
+    def cat(cls, parts: Sequence[Cache]) -> Cache:
+        return cls(*(torch.cat([getattr(p, f.name) for p in parts], dim=3) for f in fields(cls)))
+
+    def gather(self, index: Tensor) -> Cache:
+        """Slots `index` (L, B, H, t) of each head."""
+        wide = index[..., None].expand(*index.shape, self.keys.shape[-1])
+        return Cache(
+            self.keys.gather(3, wide), self.values.gather(3, wide),
+            *(getattr(self, n).gather(3, index)
+              for n in ("positions", "bias", "mass", "salience", "settled")),
+        )  # fmt: skip
+
+    @property
+    def slots(self) -> int:
+        return self.keys.shape[3]
+
+
+class StillCompactor(nn.Module):
+    """See the module. `model` is the identity of the base model it was trained against."""
+
+    def __init__(self, config: StillConfig, model: ModelIdentity) -> None:
+        super().__init__()
+        c = self.config = config
+        self.model = model
+        self.perceivers = nn.ModuleList(
+            Perceiver(c.kv_heads, c.head_dim, blocks=c.blocks, bank=c.bank, base=c.rope_base,
+                      beta=c.beta, feed_forward=c.feed_forward, neighbourhood=c.neighbourhood)
+            for _ in range(c.layers)
+        )  # fmt: skip
+        self.scorer = (
+            Scorer(c.layers, c.kv_heads, c.head_dim, c.scorer_width, c.scorer_reach)
+            if c.placement == "salient"
+            else None
+        )
+        self._identity: CompactorIdentity | None = None
+
+    def _perceivers(self) -> list[Perceiver]:
+        return cast("list[Perceiver]", list(self.perceivers))
+
+    # -- one forward pass ---------------------------------------------------------------------
+
+    def calibrate(self, cache: Cache) -> None:
+        """Fit input scales to a sample of real caches. Once, before training."""
+        for layer, perceiver in enumerate(self._perceivers()):
+            perceiver.calibrate(torch.cat([cache.keys[layer], cache.values[layer]], dim=-1))
+        if self.scorer is not None:
+            self.scorer.calibrate(cache.keys, cache.values)
+
+    def score(self, cache: Cache) -> Tensor:
+        """Salience `(L, B, H, S)`: the scorer's for raw slots, the stored one for settled."""
+        assert self.scorer is not None
+        raw = ~cache.settled[0, 0, 0]  # rounds are equal over a batch and its heads
+        salience = cache.salience.clone()
+        if raw.any():
+            fresh = self.scorer(cache.keys[..., raw, :], cache.values[..., raw, :])
+            salience[..., raw] = fresh
+        if not self.config.per_head:
+            salience = salience.mean((0, 2), keepdim=True).expand_as(salience)
+        return salience
+
+    def forward(self, cache: Cache, slots: int, salience: Tensor | None = None) -> Cache:
+        """`slots` slots from a longer cache. `salience`, as from `score`, if known already."""
+        if self.config.placement == "even":
+            return self._even(cache, slots)
+        if salience is None:
+            salience = self.score(cache)
+        worth = salience.detach().masked_fill(cache.bias == -torch.inf, -torch.inf)
+        chosen = worth.topk(slots, dim=-1).indices.sort(dim=-1).values  # (L, B, H, t)
+        kept = cache.gather(chosen)
+        kept.salience = salience.gather(3, chosen).detach()
+        index = torch.arange(cache.slots, device=cache.keys.device, dtype=torch.float32)
+        written = self._perceive(
+            cache, index.expand(cache.bias.shape), chosen.float(), torch.zeros_like(cache.bias)
+        )
+        if self.config.settled:
+            old = kept.settled[..., None]
+            written.keys = torch.where(old, kept.keys, written.keys)
+            written.values = torch.where(old, kept.values, written.values)
+            written.bias = torch.where(kept.settled, kept.bias, written.bias)
+        written.bias = written.bias.masked_fill(kept.bias == -torch.inf, -torch.inf)
+        written.positions, written.mass, written.salience = kept.positions, kept.mass, kept.salience
+        return written
+
+    def _even(self, cache: Cache, slots: int) -> Cache:
+        """The paper's placement: latents spread evenly over the tokens that are stood for."""
+        mass = cache.mass.masked_fill(cache.bias == -torch.inf, 0.0)
+        total = mass.sum(-1, keepdim=True)
+        middle = (mass.cumsum(-1) - mass / 2) / total
+        cells = (middle * slots).floor().clamp(0, slots - 1)
+        at = torch.arange(slots, device=mass.device, dtype=torch.float32)
+        at = at.expand(*mass.shape[:-1], slots)
+        written = self._perceive(cache, cells, at, mass.log())
+        first, last = cache.positions[..., :1], cache.positions[..., -1:]
+        share = torch.linspace(0, 1, slots, device=mass.device)
+        written.positions = first + (last - first) * share
+        written.mass = (total / slots).expand_as(at).clone()
+        return written
+
+    def _perceive(self, cache: Cache, cells: Tensor, at: Tensor, log_mass: Tensor) -> Cache:
+        slots = at.shape[-1]
+        device = cache.keys.device
+        where = torch.linspace(0, 1, slots, device=device).expand(at.shape)
+        log_mass = log_mass.masked_fill(cache.bias == -torch.inf, -torch.inf)
+        keys, values, betas = [], [], []
+        for n, perceiver in enumerate(self._perceivers()):
+            tokens = torch.cat([cache.keys[n], cache.values[n]], dim=-1)
+            k, v, beta = perceiver(tokens, cells[n], log_mass[n], where[n], at[n])
+            keys.append(k)
+            values.append(v)
+            betas.append(torch.zeros_like(at[n]) if beta is None else beta)
+        zero = torch.zeros_like(at)
+        return Cache(
+            torch.stack(keys), torch.stack(values), zero, torch.stack(betas), zero, zero,
+            torch.ones_like(at, dtype=torch.bool),
+        )  # fmt: skip
+
+    # -- over spans ---------------------------------------------------------------------------
+
+    @property
+    def identity(self) -> CompactorIdentity:
+        if self._identity is None:
+            digest = hashlib.sha256()
+            for name, tensor in sorted(self.state_dict().items()):
+                digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+                digest.update(
+                    tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+                )
+            self._identity = CompactorIdentity(
+                method="still", config=self.config.model_dump_json(), weights=digest.hexdigest()
+            )
+        return self._identity
+
+    @torch.inference_mode()
+    def compact(self, spans: Sequence[Span], slots: int) -> Span:
+        """See `Compactor.compact`. Raises InputError for fewer than one slot."""
+        if slots < 1 or not spans:
+            raise InputError(
+                f"cannot compact {len(spans)} spans to {slots} slots: ask for one or more"
+            )
+        cache = Cache.cat([_cache(span) for span in spans])
+        if cache.keys.shape[0] != self.config.layers or cache.keys.shape[2] != self.config.kv_heads:
+            raise CompactorError(
+                "the spans are not of the model that this compactor was trained for"
+            )
+        dtype = spans[0].layers[0].values.dtype
+        if slots < cache.slots:
+            out = self(cache, slots)
+        else:  # nothing to shorten
+            out = cache
+            if self.scorer is not None:
+                out.salience = self.score(cache)
+        plain = not self.config.beta and bool((out.bias == 0).all())
+        layers = tuple(
+            Slots(
+                keys=out.keys[n, 0].float().contiguous(),
+                values=out.values[n, 0].to(dtype).contiguous(),
+                positions=out.positions[n, 0].contiguous(),
+                bias=None if plain else out.bias[n, 0].contiguous(),
+                salience=None if self.scorer is None else out.salience[n, 0].contiguous(),
+            )
+            for n in range(self.config.layers)
+        )
+        return Span(
+            start=spans[0].start, end=spans[-1].end, layers=layers, rotated_at=None,
+            rounds=1 + max(s.rounds for s in spans), compactor=self.identity.address,
+        )  # fmt: skip
+
+    # -- on disk ------------------------------------------------------------------------------
+
+    def save(self, folder: str | Path) -> None:
+        """Write the folder; weights in bf16 where that is exact, else as they are."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        about = {"still": self.config.model_dump(), "model": self.model.model_dump()}
+        (folder / "config.json").write_text(json.dumps(about, indent=1) + "\n")
+        weights = {name: t.detach().cpu().contiguous() for name, t in self.state_dict().items()}
+        save_file(weights, folder / "model.safetensors")
+
+    @classmethod
+    def load(cls, folder: str | Path, model: ModelIdentity) -> StillCompactor:
+        """The compactor in `folder`, for `model`.
+
+        Raises CompactorError if the folder holds none or it is damaged, IdentityError if it was
+        trained against another model.
+        """
+        folder = Path(folder)
+        try:
+            about = json.loads((folder / "config.json").read_text())
+            config = StillConfig(**about["still"])
+            trained_for = ModelIdentity(**about["model"])
+        except FileNotFoundError as e:
+            raise CompactorError(
+                f"{folder} holds no compactor (config.json is missing). Give the folder that "
+                "training wrote."
+            ) from e
+        except (ValueError, KeyError, TypeError) as e:
+            raise CompactorError(f"{folder / 'config.json'} is damaged: {e}") from e
+        model.require(
+            trained_for,
+            f"the compactor in {folder}",
+            "Train one for this model, or load that model.",
+        )
+        compactor = cls(config, trained_for)
+        try:
+            compactor.load_state_dict(load_file(folder / "model.safetensors"))
+        except (OSError, SafetensorError, RuntimeError) as e:
+            raise CompactorError(
+                f"{folder / 'model.safetensors'} does not fit its config: {e}"
+            ) from e
+        return compactor.eval().requires_grad_(False)
+
+
+def _cache(span: Span) -> Cache:
+    """A span as a batch of one. Layers are padded to the longest with empty slots."""
+    if span.rotated_at is not None:
+        raise InputError(f"{span} is rotated: pass it through still_memory.rotation.free first")
+    longest = len(span)
+
+    def stack(name: str, missing: float, filler: float) -> Tensor:
+        rows = []
+        for slots in span.layers:
+            t = getattr(slots, name)
+            if t is None:
+                t = torch.full(slots.positions.shape, missing, device=slots.keys.device)
+            room = longest - t.shape[1]
+            pad = (0, 0, 0, room) if t.dim() == 3 else (0, room)
+            rows.append(nn.functional.pad(t.float(), pad, value=filler))
+        return torch.stack(rows)[:, None]  # (L, 1, H, S, ...)
+
+    bias = stack("bias", 0.0, -torch.inf)
+    filled = (bias > -torch.inf).sum(-1, keepdim=True).clamp(min=1)
+    return Cache(
+        stack("keys", 0.0, 0.0), stack("values", 0.0, 0.0), stack("positions", 0.0, span.end),
+        bias, (span.tokens / filled).expand(bias.shape), stack("salience", 0.0, -torch.inf),
+        torch.full(bias.shape, not span.raw, device=bias.device),
+    )  # fmt: skip

@@ -1,0 +1,191 @@
+"""One layer's Perceiver: a long cache in, a short one out (arXiv 2606.07878, section 3).
+
+Reads, per KV head, tokens `[K with RoPE undone ; V]` of width 2d. Latents attend to them, then
+to each other, twice; two linear maps turn latents into compact keys and values. RMSNorm has no
+weights and stands before each attention, never after the last block, since the frozen model
+expects keys and values of natural length.
+
+**Identity start.** Value, output and head maps start as identities; the first block's query and
+key weights start at zero with a constant key bias and a matching query bias, so that routing
+depends on position alone; everything else that writes starts at zero. Positions are *cells*:
+a token's coordinate is that of the latent whose cell it lies in. So an untrained Perceiver
+writes for each latent exactly the mean of its cell, and copies the cache when there is a latent
+for each token.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+EPSILON = 1e-3  # of RMSNorm: the bank starts at zero, where a smaller one makes gradients explode
+LEAK = 1e-8  # most weight that an untrained latent may give to all tokens outside its cell
+LONGEST = 1 << 17  # tokens over which that holds
+
+
+def rope_table(coordinates: Tensor, width: int, base: float) -> tuple[Tensor, Tensor]:
+    """cos and sin, `(*coordinates.shape, width / 2)`."""
+    frequency = base ** -(torch.arange(0, width, 2, device=coordinates.device) / width)
+    angle = coordinates[..., None].float() * frequency
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    cos, sin = table
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+def routing_scale(width: int, base: float, stride: float) -> float:
+    """The logit scale at which position alone routes within LEAK.
+
+    Two unit vectors that differ by `n` cells meet at `mean(cos(n * stride * frequency))`; the
+    nearest miss over many cells sets the scale.
+    """
+    cells = torch.arange(1, 4096, dtype=torch.float32) * stride
+    frequency = base ** -(torch.arange(0, width, 2) / width)
+    nearest = (cells[:, None] * frequency).cos().mean(-1).max().item()
+    return math.log(LONGEST / LEAK) / (1 - nearest)
+
+
+class CrossAttention(nn.Module):
+    """Latents read tokens: unit-length q and k, a fixed or learned logit scale, own RoPE."""
+
+    def __init__(self, width: int, base: float, stride: float, *, routes: bool) -> None:
+        super().__init__()
+        self.base, self.stride = base, stride
+        self.query, self.key = nn.Linear(width, width), nn.Linear(width, width)
+        self.value, self.out = (
+            nn.Linear(width, width, bias=False),
+            nn.Linear(width, width, bias=False),
+        )
+        scale = routing_scale(width, base, stride) if routes else 2.0 * width**0.5
+        self.scale = nn.Parameter(torch.tensor(scale))
+        with torch.no_grad():
+            unit = torch.full((width,), width**-0.5)
+            for part in (self.query, self.key):  # a zero query bias would break the routing
+                part.bias.copy_(unit)
+            nn.init.eye_(self.value.weight)
+            if routes:
+                nn.init.zeros_(self.query.weight)
+                nn.init.zeros_(self.key.weight)
+                nn.init.eye_(self.out.weight)
+            else:
+                nn.init.normal_(self.query.weight, std=0.5 * width**-0.5)
+                nn.init.normal_(self.key.weight, std=0.5 * width**-0.5)
+                nn.init.zeros_(self.out.weight)
+
+    def forward(
+        self, latents: Tensor, tokens: Tensor, at_latent: Tensor, at_token: Tensor, mass: Tensor
+    ) -> Tensor:
+        """latents (B,H,t,w), tokens (B,H,S,w), coordinates (B,H,t), (B,H,S), log mass (B,H,S)."""
+        width = latents.shape[-1]
+        q = F.normalize(self.query(latents), dim=-1) * self.scale
+        k = F.normalize(self.key(tokens), dim=-1)
+        q = rotate(q, rope_table(at_latent * self.stride, width, self.base))
+        k = rotate(k, rope_table(at_token * self.stride, width, self.base))
+        mixed = F.scaled_dot_product_attention(
+            q, k, self.value(tokens), attn_mask=mass[:, :, None].to(q.dtype), scale=1.0
+        )
+        return self.out(mixed)
+
+
+class SelfAttention(nn.Module):
+    """Latents read each other; writes nothing at the start."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
+        nn.init.normal_(self.qkv.weight, std=width**-0.5)
+        nn.init.zeros_(self.out.weight)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        q, k, v = self.qkv(latents).chunk(3, dim=-1)
+        return self.out(F.scaled_dot_product_attention(q, k, v))
+
+
+class FeedForward(nn.Module):
+    """Writes nothing at the start."""
+
+    def __init__(self, width: int, factor: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, factor * width)
+        self.down = nn.Linear(factor * width, width, bias=False)
+        nn.init.zeros_(self.down.weight)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        return self.down(F.silu(self.up(latents)))
+
+
+class Perceiver(nn.Module):
+    """One layer. Weights are shared by its KV heads; each head has a latent bank of its own."""
+
+    def __init__(
+        self, heads: int, head_dim: int, *, blocks: int, bank: int, base: float, beta: bool,
+        feed_forward: int, neighbourhood: float,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        width = 2 * head_dim
+        self.head_dim = head_dim
+        self.scale: Tensor
+        self.bank = nn.Parameter(torch.zeros(heads, bank, width))
+        self.register_buffer("scale", torch.ones(heads, 1, width))  # see calibrate
+        strides = [math.pi, *[math.pi * neighbourhood] * (blocks - 1)]
+        self.cross = nn.ModuleList(
+            CrossAttention(width, base, stride, routes=i == 0) for i, stride in enumerate(strides)
+        )
+        self.selves = nn.ModuleList(SelfAttention(width) for _ in range(blocks))
+        self.feed = nn.ModuleList(
+            FeedForward(width, feed_forward) for _ in range(blocks if feed_forward else 0)
+        )
+        self.to_key, self.to_value = (nn.Linear(width, head_dim, bias=False) for _ in range(2))
+        self.to_beta = nn.Linear(width, 1) if beta else None
+        with torch.no_grad():
+            nn.init.eye_(self.to_key.weight)  # [I 0]
+            self.to_value.weight.zero_()[:, head_dim:].fill_diagonal_(1.0)  # [0 I]
+            if self.to_beta is not None:
+                self.to_beta.weight.zero_()
+                self.to_beta.bias.zero_()
+
+    @torch.no_grad()
+    def calibrate(self, tokens: Tensor) -> None:
+        """Measure the length of real keys and values `(B,H,S,2d)`, per head, once before training.
+
+        Inputs are divided by it and outputs multiplied, so that one learning rate fits all.
+        """
+        rms = tokens.float().square().mean((0, 2)).unflatten(-1, (2, -1)).mean(-1).sqrt()  # (H, 2)
+        self.scale.copy_(rms.repeat_interleave(self.head_dim, dim=-1)[:, None])
+
+    def latents(self, where: Tensor) -> Tensor:
+        """The bank read at `where` in [0, 1], `(B, H, t)`, linearly interpolated: (B,H,t,w)."""
+        last = self.bank.shape[1] - 1
+        at = where.clamp(0, 1) * last
+        low = at.floor().long().clamp(max=last - 1)
+        fraction = (at - low)[..., None]
+        head = torch.arange(self.bank.shape[0], device=where.device)[:, None]
+        return torch.lerp(self.bank[head, low], self.bank[head, low + 1], fraction)
+
+    def forward(
+        self, tokens: Tensor, at_token: Tensor, mass: Tensor, where: Tensor, at_latent: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Compact keys (B,H,t,d), values (B,H,t,d) and β (B,H,t) or None.
+
+        `tokens` (B,H,S,2d); `at_token` (B,H,S) and `at_latent` (B,H,t) are cells; `mass`
+        (B,H,S) the log of how many tokens each stands for; `where` (B,H,t) in [0, 1] picks
+        latents from the bank.
+        """
+        width = tokens.shape[-1]
+        z = self.latents(where)
+        seen = tokens / self.scale
+        for i, (cross, among) in enumerate(zip(self.cross, self.selves, strict=True)):
+            z = z + cross(F.rms_norm(z, (width,), eps=EPSILON), seen, at_latent, at_token, mass)
+            z = z + among(F.rms_norm(z, (width,), eps=EPSILON))
+            if self.feed:
+                z = z + self.feed[i](F.rms_norm(z, (width,), eps=EPSILON))
+        beta = None if self.to_beta is None else self.to_beta(z).squeeze(-1)
+        key_scale, value_scale = self.scale.chunk(2, dim=-1)
+        return self.to_key(z) * key_scale, self.to_value(z) * value_scale, beta

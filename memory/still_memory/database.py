@@ -1,0 +1,255 @@
+"""One SQLite file, opened with care and shared by threads, processes and forks.
+
+WAL with synchronous FULL: when a transaction has returned, it is on disk. Large pages, since
+most bytes are tensors. Writers begin with the write lock, so that what they read is what they
+change. Whatever SQLite reports comes out as a StoreError that says what to do.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sqlite3
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import sqlite_utils
+
+from still_memory.errors import DamageError, StoreError
+from still_memory.migrations import APPLICATION_ID, migrations
+
+PAGE = 65536
+FREE_PAGES = 64  # kept for the next turns: fewer are not worth moving pages for
+VACUUM_PAGES = 32  # given back at most, for each transaction: 2 MiB
+_MAGIC = b"SQLite format 3\0"
+
+# A damaged schema makes sqlite3 raise messages that it cannot decode, and lacks columns that
+# sqlite-utils looks for.
+_FAULTS = (sqlite3.Error, UnicodeDecodeError)
+_FAULTS_OF_A_SCHEMA = (*_FAULTS, LookupError)
+
+# Connections inherited through a fork. SQLite forbids even closing them, so they are kept.
+_inherited: list[sqlite3.Connection] = []
+
+
+class StoreFile:
+    """The connection to a store's file: `reading()` and `writing()` are its transactions."""
+
+    def __init__(self, path: str | Path, synchronous: str, timeout: float) -> None:
+        if synchronous.upper() not in ("NORMAL", "FULL", "EXTRA"):
+            raise StoreError(f"synchronous must be NORMAL, FULL or EXTRA, not {synchronous!r}")
+        self.path = Path(path)
+        self._synchronous = synchronous.upper()
+        self._timeout = timeout
+        self._lock = threading.RLock()
+        self._pid = os.getpid()
+        self._conn: sqlite3.Connection | None = self._open()
+
+    @contextmanager
+    def connection(self) -> Iterator[sqlite3.Connection]:
+        """This thread's turn with the connection, outside a transaction."""
+        if self._pid != os.getpid():
+            if self._conn is not None:
+                _inherited.append(self._conn)
+                self._conn = self._open()
+            self._lock, self._pid = threading.RLock(), os.getpid()
+        with self._lock:
+            if self._conn is None:
+                raise StoreError(f"the store {self.path} is closed; open it again")
+            try:
+                yield self._conn
+            except _FAULTS as error:
+                raise self._explain(error) from error
+
+    @contextmanager
+    def reading(self) -> Iterator[sqlite3.Connection]:
+        """A transaction that sees one moment of the store, whatever others write."""
+        with self.connection() as conn:
+            try:
+                conn.execute("begin")
+                yield conn
+            finally:
+                if conn.in_transaction:
+                    conn.execute("rollback")
+
+    @contextmanager
+    def writing(self) -> Iterator[sqlite3.Connection]:
+        """A transaction that holds the write lock: all of it is on disk afterwards, or none."""
+        with self.connection() as conn:
+            try:
+                conn.execute("begin immediate")
+                yield conn
+                conn.execute("commit")
+            except BaseException:
+                if conn.in_transaction:  # some errors have already ended it
+                    conn.execute("rollback")
+                raise
+
+    @contextmanager
+    def erasing(self) -> Iterator[sqlite3.Connection]:
+        """A writing transaction after which what it deleted is nowhere in the file.
+
+        The log is emptied too, unless another process is reading just then.
+        """
+        with self.connection() as conn:
+            conn.execute("pragma secure_delete = on")
+            try:
+                with self.writing():
+                    yield conn
+                conn.executescript("pragma incremental_vacuum")
+                conn.execute("pragma wal_checkpoint(truncate)").fetchall()
+            finally:
+                conn.execute("pragma secure_delete = fast")
+
+    def close(self) -> None:
+        if self._pid != os.getpid():  # a fork's lock may be held by a thread it does not have
+            if self._conn is not None:
+                _inherited.append(self._conn)
+            self._conn = None
+            return
+        with self._lock:
+            if self._conn is not None:
+                self._conn.close()
+            self._conn = None
+
+    def _open(self) -> sqlite3.Connection:
+        self._prepare_file()
+        conn = sqlite3.connect(
+            self.path, timeout=self._timeout, isolation_level=None, check_same_thread=False
+        )
+        try:
+            self._configure(conn)
+            self._migrate(conn)
+        except _FAULTS_OF_A_SCHEMA as error:
+            conn.close()
+            raise self._explain(error) from error
+        except BaseException:
+            conn.close()
+            raise
+        return conn
+
+    def _prepare_file(self) -> None:
+        """Make the file, for its owner alone; refuse what SQLite should not be shown."""
+        try:
+            with open(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600), "rb") as file:
+                magic = file.read(len(_MAGIC))
+        except PermissionError:
+            raise self._read_only() from None
+        except OSError as error:
+            if error.errno == errno.EROFS:
+                raise self._read_only() from None
+            raise StoreError(
+                f"cannot open the store {self.path}: {error.strerror}; name a file in a folder "
+                "that exists"
+            ) from None
+        except ValueError as error:
+            raise StoreError(f"cannot open the store {str(self.path)!r}: {error}") from None
+        if not os.access(self.path.parent, os.W_OK):  # the log is a file beside it
+            raise self._read_only()
+        if magic and magic != _MAGIC:
+            raise StoreError(f"{self.path} is not a SQLite file; name another file as the store")
+
+    def _configure(self, conn: sqlite3.Connection) -> None:
+        (application,) = conn.execute("pragma application_id").fetchone()
+        (tables,) = conn.execute("select count(*) from sqlite_master").fetchone()
+        if tables and application != APPLICATION_ID:
+            raise StoreError(
+                f"{self.path} is a SQLite file of another program; name another file as the store"
+            )
+        if not tables:
+            conn.execute(f"pragma page_size = {PAGE}")
+            conn.execute("pragma auto_vacuum = incremental")
+        self._enter_wal(conn)
+        for setting in (
+            f"synchronous = {self._synchronous}",
+            "foreign_keys = on",
+            "trusted_schema = off",
+            "cell_size_check = on",
+            "secure_delete = fast",  # overwrite what is deleted, where it costs no extra write
+            "wal_autocheckpoint = 256",
+            "journal_size_limit = 67108864",
+        ):
+            conn.execute(f"pragma {setting}").fetchall()
+
+    def _enter_wal(self, conn: sqlite3.Connection) -> None:
+        # SQLite does not wait here when another process opens the same new file.
+        deadline = time.monotonic() + self._timeout
+        while True:
+            try:
+                conn.execute("pragma journal_mode = wal").fetchall()
+                return
+            except sqlite3.OperationalError as error:
+                if "locked" not in str(error) or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.01)
+
+    def _migrate(self, conn: sqlite3.Connection) -> None:
+        db = sqlite_utils.Database(conn, execute_plugins=False)
+        known = {m.name for m in migrations.pending(db)}
+        if not known:
+            return self._refuse_newer(db)
+        conn.execute("begin immediate")
+        try:
+            self._refuse_newer(db)
+            migrations.apply(db)
+            conn.execute("commit")
+        except BaseException:
+            if conn.in_transaction:
+                conn.execute("rollback")
+            raise
+
+    def _refuse_newer(self, db: sqlite_utils.Database) -> None:
+        applied = {m.name for m in migrations.applied(db)}
+        if newer := applied - _known_migrations():
+            raise StoreError(
+                f"{self.path} was written by a newer still-agent ({', '.join(sorted(newer))}); "
+                "upgrade still-agent, or name another file as the store"
+            )
+
+    def _read_only(self) -> StoreError:
+        return StoreError(
+            f"the store {self.path} cannot be written: make the file and its folder writable, "
+            "or copy it to a place that is"
+        )
+
+    def _explain(self, error: Exception) -> StoreError:
+        text = str(error)
+        if "readonly" in text or "read-only" in text or "unable to open" in text:
+            return self._read_only()
+        if "full" in text or "disk I/O" in text:
+            return StoreError(
+                f"the store {self.path} could not be written ({text}); free some space on its "
+                "disk and try again. Nothing that was committed is lost"
+            )
+        if "locked" in text or "busy" in text:
+            return StoreError(
+                f"another process has held the store {self.path} for {self._timeout:g} seconds; "
+                "try again, or open it with a longer timeout"
+            )
+        damaged = "malformed" in text or "not a database" in text or "UTF-8" in text
+        if damaged or not isinstance(error, sqlite3.Error):
+            return DamageError(
+                f"the store {self.path} is damaged ({text}); restore it from a copy, or save "
+                "what can be read with `sqlite3 FILE .recover`"
+            )
+        return StoreError(f"the store {self.path} failed: {text}")
+
+
+def give_back_pages(conn: sqlite3.Connection) -> None:
+    """Shrink the file a little, if much of it is free; a bounded number of pages are moved."""
+    (pages,) = conn.execute("pragma page_count").fetchone()
+    (free,) = conn.execute("pragma freelist_count").fetchone()
+    if free > max(FREE_PAGES, pages // 4):
+        for _ in range(VACUUM_PAGES):  # one step of this pragma, and so one execute, is a page
+            conn.execute("pragma incremental_vacuum(1)")
+
+
+def _known_migrations() -> set[str]:
+    empty = sqlite_utils.Database(memory=True, execute_plugins=False)
+    try:
+        return {m.name for m in migrations.pending(empty)}
+    finally:
+        empty.close()

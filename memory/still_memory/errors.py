@@ -1,0 +1,41 @@
+"""Every typed error. Each message says what is wrong and what to do next."""
+
+from __future__ import annotations
+
+
+class StillError(Exception):
+    """Base of every error that Still Agent raises on purpose."""
+
+
+class InputError(StillError, ValueError):
+    """An argument or a message cannot be used as it is."""
+
+
+class BudgetError(StillError, ValueError):
+    """The budget cannot hold what it must, or a schedule has outrun its declared horizon."""
+
+
+class CompactorError(StillError):
+    """No compactor, a damaged one, or one that cannot do what was asked."""
+
+
+class IdentityError(StillError):
+    """Something was made by another model, tokenizer, template or compactor."""
+
+
+class StoreError(StillError):
+    """The store cannot be opened, read or written (not SQLite, newer schema, read-only, full)."""
+
+
+class DamageError(StoreError):
+    """Stored bytes do not match their digest, or lack something that they refer to."""
+
+
+class ConflictError(StoreError):
+    """Another writer moved the session's head first."""
+
+
+class UnknownSessionError(StillError, KeyError):
+    """The store holds no session of that name."""
+
+    __str__ = Exception.__str__  # KeyError would show the message's repr

@@ -1,0 +1,63 @@
+"""Who made a span: the base model and, for a compact one, the compactor.
+
+Checked before a tensor is touched. A mismatch names the fields that differ.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+from pydantic import BaseModel, ConfigDict
+
+from still_memory.errors import IdentityError
+
+
+class Identity(BaseModel):
+    """A frozen set of named digests."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @property
+    def address(self) -> str:
+        """One digest for the whole identity."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+
+    def differences(self, other: Identity) -> list[str]:
+        """Names of the fields that differ."""
+        ours, theirs = self.model_dump(), other.model_dump()
+        return [k for k in ours if ours[k] != theirs.get(k)]
+
+
+class ModelIdentity(Identity):
+    """The base model, as far as it shapes a KV cache."""
+
+    name: str  # for people; not compared
+    weights: str
+    config: str
+    tokenizer: str
+    template: str
+    dtype: str
+
+    def differences(self, other: Identity) -> list[str]:
+        return [f for f in super().differences(other) if f != "name"]
+
+    @property
+    def address(self) -> str:
+        nameless = self.model_dump_json(exclude={"name"})
+        return hashlib.sha256(nameless.encode()).hexdigest()
+
+    def require(self, other: ModelIdentity, what: str, remedy: str) -> None:
+        """Raise IdentityError unless `other`, which made `what`, is this model."""
+        if fields := self.differences(other):
+            raise IdentityError(
+                f"{what} was made by the model {other.name!r}, and this is {self.name!r}: "
+                f"{', '.join(fields)} differ. {remedy}"
+            )
+
+
+class CompactorIdentity(Identity):
+    """A compactor: its method, its settings, its weights if it has any."""
+
+    method: str
+    config: str
+    weights: str = ""

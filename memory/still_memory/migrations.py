@@ -1,0 +1,107 @@
+"""The schema of the store, as steps that are only ever added to.
+
+docs/store-format.md says what each column holds. Blobs live in a table of their own, so that
+reading a row's metadata reads no tensor, and so that no later migration rewrites them. Ids of
+sessions, turns and checkpoints are never used twice: a head that names a deleted one can not
+come to mean another.
+"""
+
+from __future__ import annotations
+
+import secrets
+
+from sqlite_utils import Database, Migrations
+
+APPLICATION_ID = 0x5374696C  # "Stil", in the file's header
+
+migrations = Migrations("still_memory")
+
+
+@migrations()
+def m001_conversations(db: Database) -> None:
+    for statement in _M001.split(";"):
+        db.conn.execute(statement)
+    db.conn.execute("insert into meta values ('key', ?)", [secrets.token_bytes(32)])
+    db.conn.execute(f"pragma application_id = {APPLICATION_ID}")
+
+
+_M001 = """
+create table meta (
+    name text primary key,
+    value blob not null
+) strict;
+
+create table models (
+    id integer primary key,
+    address text not null unique,
+    identity text not null
+) strict;
+
+create table turns (
+    id integer primary key autoincrement,
+    parent integer references turns (id),
+    role text not null,
+    created text not null,
+    usage text not null,
+    digest blob not null,
+    tokens blob not null,
+    text text not null
+) strict;
+create index turns_parent on turns (parent);
+
+create table sessions (
+    id integer primary key autoincrement,
+    name text not null unique,
+    generation integer not null,
+    model integer not null references models (id),
+    created text not null,
+    updated text not null,
+    settings text not null
+) strict;
+
+create table checkpoints (
+    id integer primary key autoincrement,
+    session integer not null references sessions (id) on delete cascade,
+    generation integer not null,
+    turn integer references turns (id),
+    turns integer not null,
+    tokens integer not null,
+    slots integer not null,
+    bytes integer not null,
+    digest blob not null,
+    entries text not null,
+    extra text not null,
+    unique (session, generation)
+) strict;
+create index checkpoints_turn on checkpoints (turn);
+
+create table spans (
+    id integer primary key,
+    address text not null unique,
+    model integer not null references models (id),
+    start integer not null,
+    "end" integer not null,
+    rotated_at integer,
+    rounds integer not null,
+    compactor text,
+    codec text not null,
+    layers integer not null,
+    bytes integer not null
+) strict;
+
+create table span_layers (
+    id integer primary key,
+    span integer not null references spans (id) on delete cascade,
+    layer integer not null,
+    digest blob not null,
+    data blob not null,
+    unique (span, layer)
+) strict;
+
+create table checkpoint_spans (
+    checkpoint integer not null references checkpoints (id) on delete cascade,
+    span integer not null references spans (id),
+    primary key (checkpoint, span)
+) strict, without rowid;
+create index checkpoint_spans_span on checkpoint_spans (span)
+"""

@@ -1,0 +1,159 @@
+"""Spans in the store: immutable rows, found by their content, one blob a layer.
+
+An address is a keyed digest of what a span is: its model, its place, who wrote it, and the
+digest of each layer's bytes. A span that has been written or read keeps its address for as
+long as it lives in this process, so an unchanged span is never encoded, hashed or written
+again.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterable
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import torch
+
+from still_memory.codec import EXACT, decode, encode
+from still_memory.errors import DamageError, InputError, StoreError
+from still_memory.ledger import digest
+from still_memory.span import Span
+
+MAX_LAYERS = 1024
+
+_Meta = tuple[int, int, int | None, int, str | None]  # start, end, rotated_at, rounds, compactor
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A span as it is written. Without layers it is one the store should hold already."""
+
+    address: str
+    layers: tuple[bytes, ...] | None
+    digests: tuple[bytes, ...]
+
+
+class SpansTable:
+    """The spans of one store, whose random key makes its addresses."""
+
+    def __init__(self, key: bytes) -> None:
+        self._key = key
+        self._known: WeakKeyDictionary[Span, tuple[str, str]] = WeakKeyDictionary()
+
+    def pack(self, span: Span, model: str) -> Packed:
+        """The span as bytes, unless this process knows its address. Touches no file."""
+        known = self._known.get(span)
+        if known is not None and known[0] == model:
+            return Packed(known[1], None, ())
+        return self._encode(span, model)
+
+    def put(
+        self, conn: sqlite3.Connection, span: Span, packed: Packed, model: str, model_id: int
+    ) -> tuple[int, int, int]:
+        """The span's row id, its bytes, and how many of them this call wrote."""
+        query = "select id, bytes from spans where address = ?"
+        if (row := conn.execute(query, (packed.address,)).fetchone()) is not None:
+            return row[0], row[1], 0
+        if packed.layers is None:  # known here, and collected since
+            packed = self._encode(span, model)
+        assert packed.layers is not None
+        size = sum(map(len, packed.layers))
+        cursor = conn.execute(
+            'insert into spans (address, model, start, "end", rotated_at, rounds, compactor,'
+            " codec, layers, bytes) values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (packed.address, model_id, *_meta(span), EXACT, len(packed.layers), size),
+        )
+        assert cursor.lastrowid is not None
+        conn.executemany(
+            "insert into span_layers (span, layer, digest, data) values (?, ?, ?, ?)",
+            (
+                (cursor.lastrowid, layer, mark, data)
+                for layer, (mark, data) in enumerate(
+                    zip(packed.digests, packed.layers, strict=True)
+                )
+            ),
+        )
+        return cursor.lastrowid, size, size
+
+    def learn(self, span: Span, address: str, model: str) -> None:
+        """Remember that the store holds this span."""
+        self._known[span] = model, address
+
+    def get(
+        self,
+        conn: sqlite3.Connection,
+        address: str,
+        model: str,
+        device: torch.device | str,
+    ) -> Span:
+        """The span at `address`, every byte of it checked before it is used."""
+        row = conn.execute(
+            'select id, codec, layers, bytes, start, "end", rotated_at, rounds, compactor'
+            " from spans where address = ?",
+            (address,),
+        ).fetchone()
+        if row is None:
+            raise _damaged(address, "it is missing")
+        identity, codec, layers, size, start, end, rotated_at, rounds, compactor = row
+        if codec != EXACT:
+            raise StoreError(f"span {address[:12]} has codec {codec!r}; upgrade still-agent")
+        meta = (start, end, rotated_at, rounds, compactor)
+        stored = conn.execute(
+            "select id, layer, digest, length(data) from span_layers where span = ?"
+            " order by layer limit ?",
+            (identity, MAX_LAYERS + 1),
+        ).fetchall()
+        if [r[1] for r in stored] != list(range(layers)) or not 0 < layers <= MAX_LAYERS:
+            raise _damaged(address, "its layers are not all there")
+        if sum(r[3] for r in stored) != size:
+            raise _damaged(address, "its size is not what was written")
+        if self._address(model, meta, [r[2] for r in stored]) != address:
+            raise _damaged(address, "its description is not what was written")
+        slots = []
+        for identity, layer, mark, _ in stored:
+            query = "select data from span_layers where id = ?"
+            (data,) = conn.execute(query, (identity,)).fetchone()
+            if self._layer_digest(data) != mark:
+                raise _damaged(address, f"layer {layer} does not match its digest")
+            slots.append(decode(data, f"layer {layer} of span {address[:12]}", device))
+        span = Span(start, end, tuple(slots), rotated_at, rounds, compactor)
+        if fault := _fault(span):
+            raise _damaged(address, fault)
+        self._known[span] = model, address
+        return span
+
+    def _encode(self, span: Span, model: str) -> Packed:
+        if fault := _fault(span):
+            raise InputError(f"{span} cannot be stored: {fault}")
+        layers = tuple(encode(slots) for slots in span.layers)
+        digests = tuple(map(self._layer_digest, layers))
+        return Packed(self._address(model, _meta(span), digests), layers, digests)
+
+    def _layer_digest(self, data: bytes) -> bytes:
+        return digest(self._key, b"still layer", data)
+
+    def _address(self, model: str, meta: _Meta, digests: Iterable[bytes]) -> str:
+        return digest(self._key, b"still span", model, *meta, EXACT, *digests).hex()
+
+
+def _meta(span: Span) -> _Meta:
+    return span.start, span.end, span.rotated_at, span.rounds, span.compactor
+
+
+def _fault(span: Span) -> str | None:
+    """Why this cannot be a span, or None."""
+    if not 0 < len(span.layers) <= MAX_LAYERS:
+        return f"it has {len(span.layers)} layers, and 1 to {MAX_LAYERS} are allowed"
+    if not 0 <= span.start < span.end or span.rounds < 0:
+        return f"it stands for tokens [{span.start}, {span.end}), round {span.rounds}"
+    if span.raw and any(len(slots) != span.tokens for slots in span.layers):
+        return "a raw span has one slot a token in every layer"
+    return None
+
+
+def _damaged(address: str, how: str) -> DamageError:
+    return DamageError(
+        f"span {address[:12]} is damaged: {how}. Restore the store from a copy, or start a new "
+        "session and read the text of history() into it"
+    )

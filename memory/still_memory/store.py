@@ -1,0 +1,347 @@
+"""The store: sessions, their turns and their whole state, in one SQLite file.
+
+Spans never change, so a turn writes only what is new, in one transaction: its turns, the spans
+made since the last checkpoint, the checkpoint (a short list of entries) and the session's
+head, moved by compare-and-swap on its generation. Nothing written depends on how long the
+conversation has been. Older checkpoints go in the same transaction, and with them the spans
+that nothing points at any more. The file's layout is docs/store-format.md.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch
+from pydantic import JsonValue
+
+from still_memory import checkpoints_table, ledger
+from still_memory.checkpoint import Checkpoint
+from still_memory.database import StoreFile, give_back_pages
+from still_memory.errors import ConflictError, DamageError, InputError, UnknownSessionError
+from still_memory.identity import ModelIdentity
+from still_memory.records import (
+    Head,
+    NewTurn,
+    SessionInfo,
+    StoreStats,
+    TurnRecord,
+    check_session_name,
+    to_json,
+)
+from still_memory.span import Span
+from still_memory.spans_table import Packed, SpansTable
+
+
+class MemoryStore:
+    """Conversations in one file, safe with several threads and processes.
+
+    `keep_checkpoints` newest checkpoints of each session are kept. `bytes_written` counts what
+    this object has put into rows: tensors, text, token ids, checkpoints. Every method may
+    raise StoreError.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        synchronous: str = "FULL",
+        timeout: float = 30.0,
+        keep_checkpoints: int = 2,
+    ) -> None:
+        if keep_checkpoints < 1:
+            raise InputError("keep_checkpoints must be at least 1: the head is a checkpoint")
+        self._file = StoreFile(path, synchronous, timeout)
+        self._keep = keep_checkpoints
+        self.bytes_written = 0
+        try:
+            with self._file.reading() as conn:
+                row = conn.execute("select value from meta where name = 'key'").fetchone()
+            if row is None or len(row[0]) != 32:
+                raise DamageError(f"the store {path} has lost its key; restore it from a copy")
+        except BaseException:
+            self._file.close()
+            raise
+        self._key: bytes = row[0]
+        self._spans = SpansTable(self._key)
+
+    @property
+    def path(self) -> Path:
+        return self._file.path
+
+    def create(
+        self,
+        session: str,
+        model: ModelIdentity,
+        *,
+        checkpoint: Checkpoint,
+        turns: Sequence[NewTurn],
+        settings: Mapping[str, JsonValue],
+    ) -> Head:
+        """A new session with its first turns and state; ConflictError if the name is taken."""
+        check_session_name(session)
+        packed = self._pack(checkpoint, model)
+        now, text = _now(), to_json(dict(settings), "settings")
+        with self._file.writing() as conn:
+            if conn.execute("select 1 from sessions where name = ?", (session,)).fetchone():
+                raise ConflictError(
+                    f"session {session!r} exists already: another writer made it first. Resume "
+                    "it from head(), or choose another name"
+                )
+            row = conn.execute(
+                "insert into sessions (name, generation, model, created, updated, settings)"
+                " values (?, 1, ?, ?, ?, ?) returning id",
+                (session, self._model_id(conn, model), now, now, text),
+            ).fetchone()
+            start = Head(session, row[0], 0, 0, None, 0, 0, model, json.loads(text))
+            head, written = self._advance(conn, start, text, checkpoint, packed, turns, now)
+        self._committed(packed, model, written + len(text))
+        return head
+
+    def commit(self, head: Head, checkpoint: Checkpoint, turns: Sequence[NewTurn]) -> Head:
+        """Save a turn after `head`, whole or not at all; on disk when this returns.
+
+        ConflictError if the session's head is not `head` any more. An interrupt that arrives
+        as this returns may leave the turn saved; `head(session)` tells.
+        """
+        packed = self._pack(checkpoint, head.model)
+        now = _now()
+        with self._file.writing() as conn:
+            moved = conn.execute(
+                "update sessions set generation = ?, updated = ?"
+                " where id = ? and generation = ? returning settings",
+                (head.generation + 1, now, head.session_id, head.generation),
+            ).fetchall()
+            if not moved:
+                raise ConflictError(
+                    f"session {head.session!r} was changed or deleted by another writer after "
+                    f"its generation {head.generation}: open it again, and repeat the turn there"
+                )
+            settings = moved[0][0]
+            new, written = self._advance(conn, head, settings, checkpoint, packed, turns, now)
+            checkpoints_table.collect(conn, head.session_id, new.generation - self._keep)
+            give_back_pages(conn)
+        self._committed(packed, head.model, written)
+        return new
+
+    def head(self, session: str) -> Head | None:
+        """Where the session stands, or None if there is none. Reads no tensor."""
+        check_session_name(session)
+        with self._file.reading() as conn:
+            row = conn.execute(
+                "select s.id, s.generation, s.settings, m.address, m.identity, c.id, c.turn,"
+                " c.turns, c.tokens, c.slots, c.bytes, c.entries, c.extra, c.digest"
+                " from sessions s left join models m on m.id = s.model left join checkpoints c"
+                " on c.session = s.id and c.generation = s.generation where s.name = ?",
+                (session,),
+            ).fetchone()
+            if row is None:
+                return None
+            identity, generation, settings, address, made_by, *saved = row
+            checkpoint, turn, turns, tokens, slots, size, entries, extra, mark = saved
+            if checkpoint is None or made_by is None:
+                raise _damaged(session, "its newest checkpoint is missing")
+            last_turn = ledger.turn_digest(conn, turn)
+        try:
+            model = ModelIdentity.model_validate_json(made_by)
+            known: dict[str, JsonValue] = json.loads(settings)
+        except ValueError:
+            raise _damaged(session, "its description cannot be read") from None
+        head = Head(session, identity, generation, checkpoint, turn, turns, tokens, model, known)
+        content = slots, size, entries, extra
+        found = checkpoints_table.seal(self._key, head, last_turn, settings, content)
+        if found != mark or model.address != address:
+            raise _damaged(session, "its newest checkpoint does not match its digest")
+        return head
+
+    def load(self, head: Head, *, device: torch.device | str = "cpu") -> Checkpoint:
+        """The whole state at `head`, bit for bit; every digest is checked before use.
+
+        DamageError if anything is not as it was written; ConflictError if the session has
+        moved on so far that `head` is no longer kept.
+        """
+        with self._file.reading() as conn:
+            row = conn.execute(
+                "select s.settings, c.turn, c.digest, c.slots, c.bytes, c.entries, c.extra"
+                " from checkpoints c join sessions s on s.id = c.session"
+                " where c.id = ? and c.session = ? and c.generation = ?",
+                (head.checkpoint, head.session_id, head.generation),
+            ).fetchone()
+            if row is None:
+                raise ConflictError(
+                    f"session {head.session!r} has moved on from generation {head.generation}, "
+                    "or was deleted: open it again"
+                )
+            settings, turn, mark, *content = row
+            last_turn = ledger.turn_digest(conn, turn)
+            found = checkpoints_table.seal(self._key, head, last_turn, settings, tuple(content))
+            if turn != head.turn or found != mark:
+                raise _damaged(head.session, "its checkpoint does not match its digest")
+            entries, extra = content[2:]
+            try:
+                spans = {
+                    address: self._spans.get(conn, address, head.model.address, device)
+                    for address in checkpoints_table.addresses_in(entries)
+                }
+                return checkpoints_table.build(entries, extra, head.tokens, spans)
+            except ValueError as error:
+                raise _damaged(head.session, f"its checkpoint is not valid ({error})") from None
+
+    def history(self, session: str) -> list[TurnRecord]:
+        """Every turn of the session, oldest first, with its text and token ids."""
+        head = self._existing(session)
+        with self._file.reading() as conn:
+            return ledger.read(conn, self._key, head.turn)
+
+    def sessions(self) -> list[SessionInfo]:
+        """What the store holds, newest first. Reads no tensor and no turn."""
+        with self._file.reading() as conn:
+            rows = conn.execute(
+                "select s.name, c.turns, c.tokens, c.slots, c.bytes, s.created, s.updated,"
+                " m.identity ->> 'name' from sessions s"
+                " join checkpoints c on c.session = s.id and c.generation = s.generation"
+                " join models m on m.id = s.model order by s.updated desc, s.id desc"
+            ).fetchall()
+        read = datetime.fromisoformat
+        return [
+            SessionInfo(name, turns, tokens, slots, size, read(created), read(updated), model)
+            for name, turns, tokens, slots, size, created, updated, model in rows
+        ]
+
+    def delete(self, session: str) -> None:
+        """Forget a session: its text and its spans are overwritten in the file."""
+        check_session_name(session)
+        with self._file.erasing() as conn:
+            query = "select id, generation from sessions where name = ?"
+            row = conn.execute(query, (session,)).fetchone()
+            if row is None:
+                raise _unknown(session)
+            turn = conn.execute(
+                "select turn from checkpoints where session = ? and generation = ?", row
+            ).fetchone()
+            checkpoints_table.collect(conn, *row)
+            conn.execute("delete from sessions where id = ?", row[:1])
+            ledger.drop(conn, turn[0] if turn else None)
+
+    def stats(self) -> StoreStats:
+        """How large the store is."""
+        with self._file.reading() as conn:
+            (page,) = conn.execute("pragma page_size").fetchone()
+            (free,) = conn.execute("pragma freelist_count").fetchone()
+            sessions, turns, checkpoints, spans, size = conn.execute(
+                "select (select count(*) from sessions), (select count(*) from turns),"
+                " (select count(*) from checkpoints), (select count(*) from spans),"
+                " (select coalesce(sum(bytes), 0) from spans)"
+            ).fetchone()
+        wal = self.path.with_name(self.path.name + "-wal")
+        wal_bytes = wal.stat().st_size if wal.exists() else 0
+        return StoreStats(
+            sessions=sessions,
+            turns=turns,
+            checkpoints=checkpoints,
+            spans=spans,
+            span_bytes=size,
+            file_bytes=self.path.stat().st_size,
+            wal_bytes=wal_bytes,
+            free_bytes=free * page,
+        )
+
+    def close(self) -> None:
+        """Close the file; what was committed is on disk already."""
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _pack(self, checkpoint: Checkpoint, model: ModelIdentity) -> dict[Span, Packed]:
+        return {e.span: self._spans.pack(e.span, model.address) for e in checkpoint.entries}
+
+    def _advance(
+        self,
+        conn: sqlite3.Connection,
+        head: Head,
+        settings: str,
+        checkpoint: Checkpoint,
+        packed: Mapping[Span, Packed],
+        turns: Sequence[NewTurn],
+        now: str,
+    ) -> tuple[Head, int]:
+        """The rows of the next generation: the head that they make, and their bytes."""
+        turn, last_turn, written = ledger.append(conn, self._key, head.turn, turns, now)
+        model_id = self._model_id(conn, head.model)
+        held: dict[int, int] = {}
+        for span, pack in packed.items():
+            row, size, new = self._spans.put(conn, span, pack, head.model.address, model_id)
+            held[row] = size
+            written += new
+        addresses = {span: pack.address for span, pack in packed.items()}
+        entries = checkpoints_table.dump_entries(checkpoint, addresses)
+        extra = to_json(dict(checkpoint.extra), "a checkpoint's extra state")
+        content = checkpoint.slots, sum(held.values()), entries, extra
+        new_head = replace(
+            head,
+            generation=head.generation + 1,
+            turn=turn,
+            turns=head.turns + len(turns),
+            tokens=checkpoint.length,
+        )
+        mark = checkpoints_table.seal(self._key, new_head, last_turn, settings, content)
+        identity = checkpoints_table.insert(conn, new_head, content, mark)
+        conn.executemany(
+            "insert into checkpoint_spans (checkpoint, span) values (?, ?)",
+            [(identity, row) for row in held],
+        )
+        return replace(new_head, checkpoint=identity), written + len(entries) + len(extra)
+
+    def _committed(self, packed: Mapping[Span, Packed], model: ModelIdentity, written: int) -> None:
+        for span, pack in packed.items():
+            self._spans.learn(span, pack.address, model.address)
+        self.bytes_written += written
+
+    def _model_id(self, conn: sqlite3.Connection, model: ModelIdentity) -> int:
+        query = "select id from models where address = ?"
+        row: tuple[int] | None = conn.execute(query, (model.address,)).fetchone()
+        if row is None:
+            row = conn.execute(
+                "insert into models (address, identity) values (?, ?) returning id",
+                (model.address, model.model_dump_json()),
+            ).fetchone()
+            assert row is not None
+        return row[0]
+
+    def _existing(self, session: str) -> Head:
+        head = self.head(session)
+        if head is None:
+            raise _unknown(session)
+        return head
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat()
+
+
+def _unknown(session: str) -> UnknownSessionError:
+    return UnknownSessionError(
+        f"the store holds no session {session!r}; sessions() lists those that it holds"
+    )
+
+
+def _damaged(session: str, how: str) -> DamageError:
+    return DamageError(
+        f"session {session!r} is damaged: {how}. Restore the store from a copy, or start a new "
+        "session and read the text of history() into it"
+    )

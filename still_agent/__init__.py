@@ -1,0 +1,70 @@
+"""Runs a frozen language model and keeps its conversation going, within a budget of slots.
+
+Names are imported when they are first used, so that `import still_agent` loads no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from still_agent.agent import Agent
+    from still_agent.budget import Budget
+    from still_agent.events import Compaction
+    from still_agent.reply import Reply, Usage
+    from still_agent.sampling import Sampling
+    from still_agent.session import Session, Stats
+    from still_memory.errors import (
+        BudgetError,
+        CompactorError,
+        ConflictError,
+        DamageError,
+        IdentityError,
+        InputError,
+        StillError,
+        StoreError,
+        UnknownSessionError,
+    )
+
+__all__ = [
+    "Agent",
+    "Budget",
+    "BudgetError",
+    "Compaction",
+    "CompactorError",
+    "ConflictError",
+    "DamageError",
+    "IdentityError",
+    "InputError",
+    "Reply",
+    "Sampling",
+    "Session",
+    "Stats",
+    "StillError",
+    "StoreError",
+    "UnknownSessionError",
+    "Usage",
+]
+
+_HOMES = {
+    "agent": ("Agent",),
+    "budget": ("Budget",),
+    "events": ("Compaction",),
+    "reply": ("Reply", "Usage"),
+    "sampling": ("Sampling",),
+    "session": ("Session", "Stats"),
+}
+_HOME = {name: f"still_agent.{home}" for home, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module 'still_agent' has no attribute {name!r}")
+    value = getattr(import_module(_HOME.get(name, "still_memory.errors")), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

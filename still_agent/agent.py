@@ -1,0 +1,198 @@
+"""An agent: a frozen model, a compactor and a store. It opens sessions."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+from weakref import WeakValueDictionary
+
+import torch
+
+from still_agent.budget import Budget
+from still_agent.compactor import choose_compactor
+from still_agent.ephemeral import EphemeralStore, Store
+from still_agent.events import OnCompaction
+from still_agent.models.frozen import FrozenModel
+from still_agent.models.loading import load_model
+from still_agent.rolling import RollingState
+from still_agent.sampling import Sampling
+from still_agent.session import Session
+from still_agent.text import LONGEST, check_message
+from still_memory.compactors.base import Compactor
+from still_memory.errors import ConflictError, InputError
+from still_memory.records import Head, NewTurn, SessionInfo
+from still_memory.store import MemoryStore
+
+
+class Agent:
+    """Opens sessions of one model in one store. See `load`."""
+
+    def __init__(
+        self,
+        model: FrozenModel,
+        compactor: Compactor,
+        store: Store,
+        *,
+        budget: Budget | None = None,
+        sampling: Sampling | None = None,
+        on_compaction: OnCompaction | None = None,
+        longest_message: int = LONGEST,
+    ) -> None:
+        self.model, self.compactor, self.store = model, compactor, store
+        self.budget = budget or Budget()
+        self.budget.require_window(model.window)
+        self.sampling = sampling or Sampling()
+        self._on_compaction = on_compaction
+        self._longest = longest_message
+        # One live object a session: two would race for its head within one process.
+        self._sessions: WeakValueDictionary[str, Session] = WeakValueDictionary()
+        self._lock = threading.RLock()
+
+    @classmethod
+    def load(
+        cls,
+        name: str | Path = "reference",
+        *,
+        store: str | Path | None = None,
+        budget: Budget | None = None,
+        compactor: str | Path | Compactor | None = None,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        sampling: Sampling | None = None,
+        on_compaction: OnCompaction | None = None,
+        keep_checkpoints: int = 2,
+        longest_message: int = LONGEST,
+    ) -> Self:
+        """Load a model and open a store.
+
+        name: "reference", a folder, or a hub id.
+        store: a SQLite file, made if it is not there; None keeps conversations in memory only,
+            for as long as the agent lives.
+        compactor: a folder that training wrote, "streaming" or "knorm" (no training, any
+            model), or a `Compactor`; None is the one packaged with the reference model.
+        on_compaction: called after each compaction, see `events.OnCompaction`.
+        keep_checkpoints: how many saved states of a session stay in the store.
+        longest_message: characters that `send` and `stream` accept.
+
+        Raises InputError, BudgetError, CompactorError, IdentityError, StoreError.
+        """
+        model = load_model(name, device=device, dtype=dtype)
+        (budget or Budget()).require_window(model.window)
+        chosen = choose_compactor(compactor, name, model)
+        kept: Store = (
+            EphemeralStore()
+            if store is None
+            else MemoryStore(store, keep_checkpoints=keep_checkpoints)
+        )
+        return cls(
+            model,
+            chosen,
+            kept,
+            budget=budget,
+            sampling=sampling,
+            on_compaction=on_compaction,
+            longest_message=longest_message,
+        )
+
+    def session(self, id: str, system: str | None = None) -> Session:
+        """Open a conversation: resumed if the store holds it, else begun.
+
+        system: the system prompt, pinned for good when the session begins.
+
+        InputError if the session was begun with another system prompt; IdentityError, before
+        a tensor is read, if it was made by another model; DamageError if it does not come
+        back as it was saved.
+        """
+        if system is not None:
+            check_message(system, self._longest)
+        with self._lock:
+            for _ in range(2):  # again, if another process makes the session meanwhile
+                head = self.store.head(id)
+                if head is not None:
+                    return self._resume(head, system)
+                try:
+                    return self._begin(id, system)
+                except ConflictError:
+                    continue
+            raise ConflictError(f"session {id!r} is being made and deleted elsewhere; try again")
+
+    def sessions(self) -> list[SessionInfo]:
+        """What the store holds, newest first."""
+        return self.store.sessions()
+
+    def delete(self, id: str) -> None:
+        """Forget a conversation: its text and its memory. UnknownSessionError if not there."""
+        with self._lock:
+            self.store.delete(id)
+            if (session := self._sessions.pop(id, None)) is not None:
+                session.close()
+
+    def close(self) -> None:
+        """Close the sessions and the store; what was saved stays."""
+        with self._lock:
+            for session in list(self._sessions.values()):
+                session.close()
+            self._sessions.clear()
+            self.store.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _resume(self, head: Head, system: str | None) -> Session:
+        what = f"session {head.session!r}"
+        self.model.identity.require(
+            head.model, what, "Load that model to resume it, or choose another session id."
+        )
+        if system is not None and system != head.settings.get("system"):
+            raise InputError(
+                f"{what} was begun with another system prompt, which is pinned: leave `system` "
+                "out to resume it, or choose another session id"
+            )
+        open_here = self._sessions.get(head.session)
+        if open_here is not None and not open_here.closed:
+            open_here.refresh()
+            return open_here
+        state = self._state()
+        saved = self.store.load(head, device=self.model.device)
+        state.restore(saved)
+        return self._opened(state, head)
+
+    def _begin(self, id: str, system: str | None) -> Session:
+        tokenizer, state = self.model.tokenizer, self._state()
+        said = [] if system is None else tokenizer.message("system", system)
+        state.pin([*tokenizer.start, *said])
+        turns: Sequence[NewTurn] = [] if system is None else [NewTurn("system", system, said)]
+        head = self.store.create(
+            id,
+            self.model.identity,
+            checkpoint=state.checkpoint(),
+            turns=turns,
+            settings={"system": system},
+        )
+        return self._opened(state, head)
+
+    def _state(self) -> RollingState:
+        return RollingState(self.model, self.compactor, self.budget, self._on_compaction)
+
+    def _opened(self, state: RollingState, head: Head) -> Session:
+        session = Session(
+            state,
+            self.store,
+            head,
+            state.checkpoint(),
+            sampling=self.sampling,
+            longest_message=self._longest,
+        )
+        self._sessions[head.session] = session
+        return session

@@ -1,0 +1,40 @@
+"""Which compactor serves a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from still_agent.models.frozen import FrozenModel
+from still_memory.compactors import TRAINING_FREE
+from still_memory.compactors.base import Compactor
+from still_memory.compactors.still import StillCompactor
+from still_memory.errors import CompactorError
+
+PACKAGED = Path(__file__).parent / "reference" / "compactor"
+_METHODS = " or ".join(f'compactor="{name}"' for name in TRAINING_FREE)
+
+
+def choose_compactor(
+    choice: str | Path | Compactor | None, name: str | Path, model: FrozenModel
+) -> Compactor:
+    """A training-free method by name, a Still from a folder, or the reference model's own.
+
+    Raises CompactorError if there is none, IdentityError if it is for another model.
+    """
+    if choice is None:
+        if name != "reference":
+            raise CompactorError(
+                f"there is no compactor for {model.name!r}. Train one with "
+                "examples/reference_model/train_still.py and give its folder as compactor=, or "
+                f"use one that needs no training: {_METHODS}"
+            )
+        choice = PACKAGED
+    if not isinstance(choice, str | Path):
+        return choice
+    if isinstance(choice, str) and choice in TRAINING_FREE:
+        return TRAINING_FREE[choice]()
+    if not Path(choice).is_dir():
+        raise CompactorError(
+            f"there is no compactor {str(choice)!r}: give a folder that training wrote, {_METHODS}"
+        )
+    return StillCompactor.load(choice, model.identity)

@@ -1,0 +1,89 @@
+"""One reply, token by token: prefill, sample, and leave the state as the turn should end.
+
+Every token of a turn has been fed when it ends, its closing included, so that a state needs
+nothing beside its slots to go on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+
+from still_agent.models.tokenizers import Tokenizer
+from still_agent.reply import Draft, Finish
+from still_agent.rolling import RollingState
+from still_agent.sampling import Sampler, Sampling
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came out of one reply."""
+
+    text: str
+    reasoning: str
+    finish: Finish
+    tokens: list[int]  # as generated, reasoning included, framed by opening and closing
+    prefilled: int
+    generated: int
+
+
+def answer(
+    state: RollingState, tokenizer: Tokenizer, message: Sequence[int], sampling: Sampling
+) -> Generator[str, None, Answer]:
+    """Take in a message and reply to it: text pieces, then the `Answer`.
+
+    Nothing undoes what is abandoned half way: that is for whoever holds a checkpoint.
+    """
+    opening = tokenizer.reply_opening()
+    draft = Draft(tokenizer, sampling.stop, opening)
+    sample = Sampler(sampling)
+    # A place to go back to, where something of the reply may have to leave memory again.
+    mark, marked = None, 0
+    if sampling.stop or draft.opening != opening:
+        logits = state.extend(message)
+        mark = state.checkpoint()
+        logits = state.extend(opening) if opening else logits
+    else:
+        logits = state.extend([*message, *opening])
+
+    ids: list[int] = []
+    fed = list(opening)
+    finish: Finish = "length"
+    while len(ids) < sampling.max_tokens:
+        if ids:
+            logits = state.step(ids[-1])
+            fed.append(ids[-1])
+        ids.append(token := sample(logits))
+        if token in tokenizer.eos_ids:
+            finish = "stop"
+            break
+        if mark is None and draft.opens_thinking(token):
+            mark, marked = state.checkpoint(), draft.so_far()
+        piece = draft.push(token)
+        if draft.stopped:
+            finish = "stop"
+            break
+        if piece:
+            yield piece
+    if piece := draft.finish():
+        yield piece
+
+    remembered = draft.remembered()
+    prefilled = len(message) + len(opening)
+    if mark is not None and remembered[: len(fed)] != fed:
+        state.restore(mark)
+        fed = remembered[:marked]
+    elif remembered[len(fed) : len(fed) + 1] == ids[-1:]:
+        prefilled -= 1  # the last token is generated, and fed with the closing
+    if rest := remembered[len(fed) :]:
+        state.extend(rest)
+    body = ids[:-1] if ids[-1] in tokenizer.eos_ids else ids
+    closing = remembered[draft.so_far() :]
+    return Answer(
+        text=draft.text,
+        reasoning=draft.reasoning,
+        finish=finish,
+        tokens=[*opening, *body, *closing],
+        prefilled=prefilled + len(rest),
+        generated=len(ids),
+    )

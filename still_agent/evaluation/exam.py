@@ -1,0 +1,34 @@
+"""Questions asked of a session without its noticing.
+
+Each is asked of the session as its newest checkpoint has it, in a state of the exam's own that
+is put back before the next one. So no question sees another, and nothing is written.
+"""
+
+from __future__ import annotations
+
+from still_agent.agent import Agent
+from still_agent.decode import answer
+from still_agent.rolling import RollingState
+from still_agent.sampling import Sampling
+from still_memory.errors import UnknownSessionError
+
+LONGEST_REPLY = 40  # tokens
+
+
+class Exam:
+    """A stored session's state, to be asked any number of questions."""
+
+    def __init__(self, agent: Agent, session: str) -> None:
+        head = agent.store.head(session)
+        if head is None:
+            raise UnknownSessionError(f"there is no session {session!r} in this store")
+        self._tokenizer = agent.model.tokenizer
+        self._checkpoint = agent.store.load(head, device=agent.model.device)
+        self._state = RollingState(agent.model, agent.compactor, agent.budget)
+
+    def ask(self, question: str, *, max_tokens: int = LONGEST_REPLY) -> str:
+        """The greedy reply."""
+        self._state.restore(self._checkpoint)
+        message = self._tokenizer.message("user", question)
+        greedy = Sampling(max_tokens=max_tokens)
+        return "".join(answer(self._state, self._tokenizer, message, greedy)).strip()

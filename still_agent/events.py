@@ -1,0 +1,26 @@
+"""What a session tells its observer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Compaction:
+    """Tokens `[tokens_start, tokens_end)` have just become fewer slots."""
+
+    tokens_start: int
+    tokens_end: int
+    slots_before: int
+    slots_after: int
+    rounds: int  # compactions behind the oldest token in it, this one included
+    level: int  # tier, in the tiered schedule
+    seconds: float
+
+
+OnCompaction = Callable[[Compaction], None]
+"""Called in the turn's own thread, while the turn waits: be quick, or hand the event on.
+
+An exception raised by it ends the turn, which is undone, and reaches the caller.
+"""

@@ -1,0 +1,168 @@
+"""A frozen Qwen3: a stock transformers model that is run, never trained.
+
+Positions are given explicitly at every forward pass, for a slot's position is chosen when it
+is placed and need not be its token's number. The rotary embedding that placement uses is the
+model's own, evaluated in fp32. That is exact only if its frequencies are: a model cast with
+`.to(bfloat16)` has rounded them (an error of 0.6 in the cosine at position 3000), so they are
+checked here. Frequencies that change with the length of the input (dynamic, longrope) would
+put one and the same position in two places, so they are refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from transformers import Qwen3ForCausalLM
+
+from still_agent.models import attention
+from still_agent.models.cache import LiveCache
+from still_agent.models.tokenizers import Tokenizer
+from still_memory.errors import BudgetError, InputError
+from still_memory.identity import ModelIdentity
+
+# What of a config shapes a KV cache. Named one by one, because the whole of it also holds
+# versions, paths and defaults that come and go between releases of transformers.
+CONFIG_FIELDS = (
+    "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+    "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act", "rms_norm_eps",
+    "attention_bias", "layer_types", "sliding_window", "max_position_embeddings",
+    "rope_parameters", "tie_word_embeddings",
+)  # fmt: skip
+
+
+class FrozenModel:
+    """A base model, its tokenizer and who they are.
+
+    Raises InputError for a model whose cache cannot be kept exactly.
+    """
+
+    def __init__(self, model: Qwen3ForCausalLM, tokenizer: Tokenizer, name: str) -> None:
+        config = model.config
+        _require_whole_attention(config.layer_types or ())
+        _require_fixed_frequencies(model)
+        attention.register()
+        model.set_attn_implementation(attention.NAME)
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.name = name
+        self.layers: int = config.num_hidden_layers
+        self.kv_heads: int = config.num_key_value_heads or config.num_attention_heads
+        self.head_dim: int = config.head_dim
+        self.window: int = config.max_position_embeddings
+        self.vocab_size: int = config.vocab_size
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def bytes_per_slot(self) -> int:
+        """Bytes of one slot's keys and values over all layers."""
+        return 2 * self.layers * self.kv_heads * self.head_dim * self.dtype.itemsize
+
+    @cached_property
+    def identity(self) -> ModelIdentity:
+        """Digests of all that shapes a cache. Reads every weight, once."""
+        return ModelIdentity(
+            name=self.name,
+            weights=_weights_digest(self.model),
+            config=_config_digest(self.model),
+            tokenizer=self.tokenizer.digest,
+            template=self.tokenizer.template_digest,
+            dtype=str(self.dtype).removeprefix("torch."),
+        )
+
+    @torch.no_grad()
+    def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin at `positions`, `(*positions.shape, d)` in fp32, scaling included."""
+        probe = torch.empty(0, dtype=torch.float32, device=positions.device)
+        cos, sin = self.model.model.rotary_emb(probe, positions.reshape(1, -1))
+        shape = (*positions.shape, self.head_dim)
+        return cos.reshape(shape), sin.reshape(shape)
+
+    def new_cache(self, capacity: int, batch: int = 1) -> LiveCache:
+        """An empty live cache of `capacity` slots a layer, allocated now."""
+        return LiveCache(
+            self.layers, self.kv_heads, self.head_dim, capacity,
+            batch=batch, dtype=self.dtype, device=self.device,
+        )  # fmt: skip
+
+    @torch.inference_mode()
+    def forward(self, ids: Sequence[int], cache: LiveCache, position: int) -> Tensor:
+        """Feed tokens at `position`, `position + 1`, ...; they join the cache.
+
+        Returns the logits `(vocab,)` after the last one, in fp32. Nothing is changed when
+        BudgetError (no room, or past the trained window) or InputError is raised.
+        """
+        n = len(ids)
+        if n == 0:
+            raise InputError("no token to feed; give at least one")
+        if cache.length + n > cache.capacity:
+            raise BudgetError(
+                f"{cache.length} of {cache.capacity} slots are taken and {n} more are needed; "
+                "compact first, or raise the budget"
+            )
+        if position < 0 or position + n > self.window:
+            raise BudgetError(
+                f"positions {position} to {position + n - 1} leave the window of {self.window} "
+                f"that {self.name!r} was trained for; use a budget of at most that many slots"
+            )
+        row = torch.tensor([ids], dtype=torch.long, device=self.device)
+        positions = torch.arange(position, position + n, device=self.device)[None]
+        logits: Tensor = self.model(
+            input_ids=row,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits
+        return logits[0, -1].float()
+
+
+def _require_whole_attention(layer_types: Sequence[str]) -> None:
+    if others := sorted(set(layer_types) - {"full_attention"}):
+        raise InputError(
+            f"layers of type {', '.join(others)} are not supported; "
+            "use a Qwen3 whose layers all attend to everything (use_sliding_window=false)"
+        )
+
+
+def _require_fixed_frequencies(model: Qwen3ForCausalLM) -> None:
+    rotary = model.model.rotary_emb
+    if rotary.rope_type in ("dynamic", "longrope") or "dynamic" in rotary.rope_type:
+        raise InputError(
+            f"RoPE of type {rotary.rope_type!r} changes its frequencies with the length, so a "
+            "stored key could not be moved; set rope_type to default, linear, yarn or llama3"
+        )
+    fresh = type(rotary)(model.config).inv_freq
+    held = rotary.inv_freq
+    if held.dtype != torch.float32 or not torch.allclose(held.cpu(), fresh, rtol=1e-6, atol=0):
+        raise InputError(
+            "the model's RoPE frequencies have been rounded by a cast; load it with "
+            "from_pretrained(dtype=...) instead of calling .to(dtype)"
+        )
+    if 2 * held.shape[-1] != model.config.head_dim:
+        raise InputError("RoPE on a part of each head is not supported; use a stock Qwen3")
+
+
+def _weights_digest(model: Qwen3ForCausalLM) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(data.numpy().data)
+    return digest.hexdigest()
+
+
+def _config_digest(model: Qwen3ForCausalLM) -> str:
+    fields = {name: getattr(model.config, name, None) for name in CONFIG_FIELDS}
+    return hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()

@@ -1,0 +1,132 @@
+"""A reply: what is shown of it, what memory keeps of it, and what it cost.
+
+These are three different things. Reasoning (`<think>…</think>`) is generated and attended to,
+but not shown, and it leaves memory when the turn ends. A stop string and what follows it are
+generated, but neither shown nor remembered. `Draft` keeps them apart while a reply grows.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+from still_agent.models.tokenizers import TextStream, Tokenizer
+
+Finish = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens of one turn. Nothing is reused or recomputed unsaid."""
+
+    reused_tokens: int = 0  # logical tokens that stood in the state when the turn began
+    prefilled_tokens: int = 0  # taken in: the message, and what frames it and the reply
+    generated_tokens: int = 0
+    compactions: int = 0
+
+    def to_json(self) -> dict[str, int]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What the model answered. `finish`: "stop" (it ended, or a stop string) or "length"."""
+
+    text: str
+    usage: Usage
+    finish: Finish
+    reasoning: str = ""  # what stood in <think>…</think>
+
+
+class Draft:
+    """A reply as it grows."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], opening: Sequence[int]) -> None:
+        self._tokenizer = tokenizer
+        self._think = tokenizer.think or (None, None)
+        self._stop = stop
+        self._visible = TextStream(tokenizer)
+        self._reasoning: list[int] = []
+        self._kept: list[int] = []  # generated ids that memory keeps
+        self._ends: list[int] = []  # length of the text after each of them
+        self._cut = False  # a stop string ended it
+        self._shown = 0
+        self.text = ""
+        self.thinking = False
+        self.opening: list[int] = []  # without a reasoning block that the template may open
+        for token in opening:
+            if not self._thought(token):
+                self.opening.append(token)
+
+    def opens_thinking(self, token: int) -> bool:
+        return token == self._think[0] and not self.thinking
+
+    def push(self, token: int) -> str:
+        """Take a generated token, not the one that ends a reply; the text to show now."""
+        if self._thought(token):
+            self._reasoning.append(token)
+            return ""
+        self._kept.append(token)
+        return self._show(self._visible.push(token))
+
+    def finish(self) -> str:
+        """The reply has ended: the text held back until now."""
+        shown = self._shown
+        if not self._cut:
+            self._show(self._visible.finish())
+        return self.text[shown:]
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string has appeared."""
+        return self._cut
+
+    @property
+    def reasoning(self) -> str:
+        return self._tokenizer.decode(self._reasoning).strip()
+
+    def remembered(self) -> list[int]:
+        """Ids of the reply that memory keeps: opening, visible body, closing."""
+        ids = [*self.opening, *self._kept]
+        return [*ids, *self._tokenizer.reply_closing(ids[-1] if ids else -1)]
+
+    def so_far(self) -> int:
+        """How many of `remembered` are there by now; a stop string may yet take some."""
+        return len(self.opening) + len(self._kept)
+
+    def _thought(self, token: int) -> bool:
+        """Follow the reasoning block; whether the token is part of one, its ends included."""
+        opens, closes = self._think
+        inside = self.thinking or token == opens
+        self.thinking = inside and token != closes
+        return inside
+
+    def _show(self, text: str) -> str:
+        self.text += text
+        self._ends.append(len(self.text))
+        found = [at for s in self._stop if (at := self.text.find(s)) >= 0]
+        if found:
+            self._cut_at(min(found))
+            return ""
+        held = max((_begun(self.text, s) for s in self._stop), default=0)
+        safe = len(self.text) - held
+        piece, self._shown = self.text[self._shown : safe], safe
+        return piece
+
+    def _cut_at(self, end: int) -> None:
+        """End the text at `end`, and keep the tokens that make it up."""
+        whole = bisect_left(self._ends, end)  # tokens before the one that reaches `end`
+        if self._ends[whole] == end and end:
+            whole += 1
+        reached = self._ends[whole - 1] if whole else 0
+        # A token may straddle the end: its visible half is encoded anew.
+        self._kept = [*self._kept[:whole], *self._tokenizer.encode(self.text[reached:end])]
+        self.text, self._cut = self.text[:end], True
+
+
+def _begun(text: str, stop: str) -> int:
+    """Characters at the end of `text` that may become `stop`."""
+    most = min(len(text), len(stop) - 1)
+    return next((n for n in range(most, 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,0 +1,229 @@
+"""The rolling state: [ pinned prefix | memory | raw tail ], never more slots than the budget.
+
+Two views of one thing. The live cache is what the model attends to; it is allocated once, and
+new tokens are computed into its end. The entries are what is remembered: spans that never
+change, each with the place it stands at. The newest tokens are in the cache alone (the open
+run) until they are sealed, that is, copied once into a raw span: at a compaction and at a
+checkpoint.
+
+Slot `i` of the state stands at position `i`. When a compaction has made the state shorter,
+everything behind it moves down, and the live cache is filled anew from the spans' own bytes.
+Restoring a checkpoint fills it in the same way from the same bytes; and how a message is cut
+for prefill depends on nothing but the number of slots held. So a resumed state and one that
+never stopped compute the same numbers, bit for bit.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from still_agent.budget import Budget
+from still_agent.events import Compaction, OnCompaction
+from still_agent.models.frozen import FrozenModel
+from still_agent.schedule import Held, schedule_for
+from still_memory.checkpoint import SHARES, Checkpoint, Entry, Share
+from still_memory.compactors.base import Compactor
+from still_memory.errors import BudgetError, CompactorError, InputError
+from still_memory.rotation import free, place
+from still_memory.span import Span, raw_slots
+
+PREFILL = 512  # tokens of one forward pass, so that activations stay bounded
+
+
+class RollingState:
+    """One conversation's state.
+
+    Any method that computes may raise, also what `on_compaction` raises; the state is then
+    undefined until `restore`, which no earlier failure can keep from working.
+    """
+
+    def __init__(
+        self,
+        model: FrozenModel,
+        compactor: Compactor,
+        budget: Budget,
+        on_compaction: OnCompaction | None = None,
+    ) -> None:
+        budget.require_window(model.window)
+        self.model, self.compactor, self.budget = model, compactor, budget
+        self.cache = model.new_cache(budget.slots)
+        self.length = 0  # logical tokens
+        self.compactions = 0  # done by this object, also where a restore has undone them
+        self._on_compaction = on_compaction
+        self._schedule = schedule_for(budget, pinned=0)
+        self._entries: list[Entry] = []
+        self._open = 0  # newest tokens, in the live cache alone
+
+    # -- what it holds ------------------------------------------------------------------------
+
+    @property
+    def slots(self) -> int:
+        """Slots held, which is also the position of the next token."""
+        return sum(entry.slots for entry in self._entries) + self._open
+
+    @property
+    def shares(self) -> dict[Share, int]:
+        """Slots held by each share; the open run is of the tail."""
+        held = {s: sum(e.slots for e in self._entries if e.share == s) for s in SHARES}
+        held["tail"] += self._open
+        return held
+
+    @property
+    def free(self) -> int:
+        return self.budget.slots - self.slots
+
+    @property
+    def rounds(self) -> int:
+        """The most compactions behind any token held."""
+        return max((entry.span.rounds for entry in self._entries), default=0)
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the live cache and of the spans it is filled from."""
+        spans = {entry.span for entry in self._entries}
+        return self.cache.nbytes + sum(span.nbytes for span in spans)
+
+    # -- tokens in, logits out ----------------------------------------------------------------
+
+    def pin(self, ids: Sequence[int]) -> None:
+        """Take in a conversation's first tokens, which are never compacted.
+
+        BudgetError, before anything is computed, if they leave no room for a conversation.
+        """
+        if self.length:
+            raise InputError("only the first tokens can be pinned; pin before anything else")
+        self._schedule = schedule_for(self.budget, len(ids))
+        if ids:
+            self.extend(ids)
+            self._seal("pinned")
+
+    def extend(self, ids: Sequence[int]) -> Tensor:
+        """Take in tokens, compacting as needed; logits `(vocab,)` after the last, in fp32."""
+        if not ids:
+            raise InputError("no token to take in; give at least one")
+        at = 0
+        while at < len(ids):
+            if not self.free:
+                self._compact()
+            n = min(self.free, len(ids) - at, PREFILL)
+            logits = self.model.forward(ids[at : at + n], self.cache, self.slots)
+            self._open += n
+            self.length += n
+            at += n
+        return logits
+
+    def step(self, token: int) -> Tensor:
+        """Take in one token; logits `(vocab,)` after it."""
+        return self.extend([token])
+
+    # -- saved and restored -------------------------------------------------------------------
+
+    def checkpoint(self) -> Checkpoint:
+        """The whole state. Seals the open run; nothing else is copied."""
+        self._seal("tail")
+        return Checkpoint(tuple(self._entries), self.length)
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Become the state that was saved, bit for bit.
+
+        BudgetError if it does not fit the budget.
+        """
+        if checkpoint.slots > self.budget.slots:
+            raise BudgetError(
+                f"the saved state holds {checkpoint.slots} slots and this budget "
+                f"{self.budget.slots}: load the agent with Budget(slots={checkpoint.slots}) or more"
+            )
+        pinned = sum(e.tokens for e in checkpoint.entries if e.share == "pinned")
+        self._schedule = schedule_for(self.budget, pinned)
+        self._entries, self._open = list(checkpoint.entries), 0
+        self.length = checkpoint.length
+        self._fill()
+
+    # -- inside -------------------------------------------------------------------------------
+
+    def _seal(self, share: Share) -> None:
+        """Copy the open run out of the live cache, once, into a raw span."""
+        if not (n := self._open):
+            return
+        start, base = self.length - n, self.slots - n
+        layers = []
+        for layer, held in enumerate(self.cache.lengths):
+            keys, values = self.cache.raw(layer, held - n, held)  # (H_kv, n, d) views
+            layers.append(raw_slots(keys.clone(), values.clone(), start))
+        span = Span(start, self.length, tuple(layers), rotated_at=base)
+        self._entries.append(Entry(span, start, self.length, base, share))
+        self._open = 0
+
+    def _compact(self) -> None:
+        """Do what the schedule plans next; at least one slot is free afterwards."""
+        self._seal("tail")
+        pinned, memory, tail = ([e for e in self._entries if e.share == s] for s in SHARES)
+        held = [Held(entry.slots, entry.level) for entry in memory]
+        plan = self._schedule.plan(held, sum(entry.tokens for entry in tail))
+        raw, tail = _split(tail, plan.tokens)
+        taken = [*memory[plan.low : plan.high], *raw]
+        before, began = sum(entry.slots for entry in taken), time.perf_counter()
+        with torch.inference_mode():
+            spans = [free(_standing(entry), self.model.rope) for entry in taken]
+            span = self.compactor.compact(spans, plan.slots)
+        _require_shorter(span, spans, plan.slots, before)
+        entry = Entry(span, span.start, span.end, 0, "memory", plan.level)
+        self._entries = [*pinned, *memory[: plan.low], entry, *memory[plan.high :], *tail]
+        self._fill()
+        self.compactions += 1
+        if self._on_compaction is not None:
+            seconds = time.perf_counter() - began
+            self._on_compaction(
+                Compaction(
+                    span.start, span.end, before, len(span), span.rounds, plan.level, seconds
+                )
+            )
+
+    @torch.inference_mode()
+    def _fill(self) -> None:
+        """Fill the live cache from the spans, slot `i` at position `i`."""
+        self.cache.reset()
+        base = 0
+        for index, entry in enumerate(self._entries):
+            self._entries[index] = entry = replace(entry, base=base)
+            span = _standing(entry)
+            for layer, at in enumerate(self.cache.lengths):
+                slots = span.layers[layer]
+                keys = place(span, layer, base, self.model.rope, self.model.dtype)
+                self.cache.load(layer, keys, slots.values, slots.bias, at=at)
+            base += entry.slots
+
+
+def _standing(entry: Entry) -> Span:
+    """The part of the entry's span that stands in the state."""
+    whole = entry.tokens == entry.span.tokens
+    return entry.span if whole else entry.span.cut(entry.low, entry.high)
+
+
+def _split(tail: Sequence[Entry], tokens: int) -> tuple[list[Entry], list[Entry]]:
+    """The oldest `tokens` of a raw tail, and the rest."""
+    first: list[Entry] = []
+    rest: list[Entry] = []
+    for entry in tail:
+        middle = min(entry.low + tokens, entry.high)
+        if middle > entry.low:
+            first.append(replace(entry, high=middle))
+        if middle < entry.high:
+            rest.append(replace(entry, low=middle))
+        tokens -= middle - entry.low
+    return first, rest
+
+
+def _require_shorter(span: Span, spans: Sequence[Span], slots: int, before: int) -> None:
+    """What a compactor promised; a broken promise must not become a damaged memory."""
+    if (span.start, span.end) != (spans[0].start, spans[-1].end):
+        raise CompactorError(f"asked for {spans[0].start} to {spans[-1].end}, and got {span}")
+    if not 0 < len(span) <= min(slots, before - 1):
+        raise CompactorError(f"asked for {slots} slots of {before}, and got {span}")
+    if span.raw or span.rotated_at is not None:
+        raise CompactorError(f"a compact span has rounds and no rotation, unlike {span}")

@@ -1,0 +1,1 @@
+"""Training a Still compactor against a frozen base model."""

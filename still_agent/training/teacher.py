@@ -1,0 +1,106 @@
+"""The frozen model with its whole cache: what it would say, and what it looked at to say it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import Cache as TransformersCache
+from transformers import DynamicCache
+
+from still_agent.models import attention
+from still_agent.models.frozen import FrozenModel
+from still_agent.training.exams import Exams, all_right
+from still_memory.compactors.still import Cache
+from still_memory.rotation import unrotate
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """One batch, seen by the teacher."""
+
+    cache: Cache  # the whole context, raw, keys without rotation
+    logits: Tensor  # (n, V) fp32, at every answer token that is taught
+    where: tuple[Tensor, Tensor]  # row and column of the exam token *before* each of them
+    gold: Tensor  # (n,) the answer tokens
+    attention: Tensor  # (L, B, H_kv, T): most attention that an exam query paid a context token
+    right: tuple[int, int]  # the teacher's own exact answers, of all
+
+
+@torch.no_grad()
+def prefill(
+    frozen: FrozenModel, ids: Tensor, position: int, past: TransformersCache | None = None
+) -> tuple[Tensor, Tensor]:
+    """Run ids (B, n) from `position` on, on top of `past`, which they join.
+
+    Returns their keys, as rotated, and values, each (L, B, H_kv, n, d).
+    """
+    cache: Any = DynamicCache(config=frozen.model.config) if past is None else past
+    before = cache.get_seq_length()
+    at = torch.arange(position, position + ids.shape[1], device=ids.device)[None]
+    frozen.model.model(input_ids=ids, position_ids=at, past_key_values=cache, use_cache=True)
+    keys = torch.stack([layer.keys[:, :, before:] for layer in cache.layers])
+    values = torch.stack([layer.values[:, :, before:] for layer in cache.layers])
+    return keys, values
+
+
+def free_keys(frozen: FrozenModel, keys: Tensor, first: int) -> Tensor:
+    at = torch.arange(first, first + keys.shape[-2], dtype=torch.float32, device=keys.device)
+    return unrotate(keys, at, frozen.rope)
+
+
+@torch.no_grad()
+def teach(frozen: FrozenModel, exams: Exams) -> Lesson:
+    """The teacher's lesson on a batch.
+
+    Only answers that the model itself gives are taught: an answer whose reference text departs
+    from the teacher's own greedy choice is dropped from that token on (answers by another model
+    ruin training: METHOD notes of the paper's reproductions).
+    """
+    model = frozen.model
+    length = exams.context.shape[1]
+    past = DynamicCache(config=model.config)
+    keys, values = prefill(frozen, exams.context, 0, past)
+    at = torch.arange(length, length + exams.exam.shape[1] - 1)[None]
+    model.set_attn_implementation("eager")
+    try:
+        out = model.model(
+            input_ids=exams.exam[:, :-1],
+            position_ids=at,
+            past_key_values=past,
+            use_cache=True,
+            output_attentions=True,
+        )
+    finally:
+        model.set_attn_implementation(attention.NAME)
+    looked = []
+    for weights in out.attentions:  # (B, H, Q, T + Q)
+        looked.append(weights[..., :length].amax(2).unflatten(1, (frozen.kv_heads, -1)).amax(2))
+    answer = exams.answer[:, 1:]
+    logits = F.linear(out.last_hidden_state[answer], model.lm_head.weight).float()
+    gold = exams.exam[:, 1:][answer]
+    hits = torch.zeros_like(exams.answer)
+    hits[:, 1:][answer] = logits.argmax(-1) == gold
+    own = _up_to_first_miss(hits, exams)[:, 1:][answer]
+    rows, columns = answer.nonzero(as_tuple=True)
+    return Lesson(
+        cache=Cache.raw(free_keys(frozen, keys, 0), values),
+        logits=logits[own],
+        where=(rows[own], columns[own]),
+        gold=gold[own],
+        attention=torch.stack(looked),
+        right=all_right(hits, exams),
+    )
+
+
+def _up_to_first_miss(hits: Tensor, exams: Exams) -> Tensor:
+    """Answer tokens before which, in their own answer, the teacher made no other choice."""
+    kept = torch.zeros_like(hits)
+    for b in range(hits.shape[0]):
+        for run in range(int(exams.runs[b].max()) + 1):
+            at = (exams.runs[b] == run).nonzero()[:, 0]
+            kept[b, at] = hits[b, at].int().cumprod(0).bool()
+    return kept

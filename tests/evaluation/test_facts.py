@@ -1,0 +1,86 @@
+"""What is scored was never trained on: the two sides of the split share nothing."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from still_agent.evaluation import facts
+from still_agent.evaluation.facts import Fact, Family, Split
+
+FAMILIES = (facts.NEEDLE, facts.PERSON, facts.RELATIVE)
+SIDES: tuple[Split, Split] = ("train", "held_out")
+RULER = "One of the special magic {a}s for {s} is: {v}."  # the benchmark's own words, on both
+
+
+def drawn(split: Split, count: int = 400) -> list[Fact]:
+    return [
+        fact
+        for seed in range(count // 40)
+        for fact in facts.facts(random.Random(seed), split, 40, multi=0.2)
+    ]
+
+
+def test_words_and_cities_are_on_one_side_only() -> None:
+    for pool in (facts.words, facts.cities):
+        train, held_out = pool("train"), pool("held_out")
+        assert train and held_out
+        assert not set(train) & set(held_out)
+
+
+def test_names_numbers_and_values_are_on_one_side_only() -> None:
+    train, held_out = drawn("train"), drawn("held_out")
+    for part in (
+        lambda f: {f.subject} if f.family is not facts.RELATIVE else {f.attribute},
+        lambda f: set(f.values),
+    ):
+        ours = set().union(*map(part, train))
+        theirs = set().union(*map(part, held_out))
+        assert len(theirs) > 50
+        assert not ours & theirs
+
+
+def test_keys_of_two_words_use_words_of_their_side() -> None:
+    words = set(facts.words("held_out"))
+    keys = {f.subject for f in drawn("held_out") if f.family is facts.NEEDLE}
+    assert keys
+    assert all(set(key.split("-")) <= words for key in keys)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
+@pytest.mark.parametrize("forms", ["statements", "corrections", "questions"])
+def test_phrasings_are_on_one_side_only(family: Family, forms: str) -> None:
+    train, held_out = (set(getattr(family, forms)[side]) - {RULER} for side in SIDES)
+    assert train and held_out
+    assert not train & held_out
+
+
+def test_questions_for_several_values_or_keys_are_on_one_side_only() -> None:
+    for forms in (facts.MULTI_VALUE_QUESTIONS, facts.MULTI_QUERY_QUESTIONS):
+        assert not set(forms["train"]) & set(forms["held_out"])
+
+
+@pytest.mark.parametrize("split", SIDES)
+def test_a_statement_tells_what_a_question_asks(split: Split) -> None:
+    rng = random.Random(1)
+    for fact in drawn(split, 80):
+        for index, value in enumerate(fact.values):
+            sentence = fact.state(rng, index, split)
+            assert value in sentence and fact.subject in sentence
+        question, answer = fact.ask(rng, split)
+        assert fact.subject in question
+        assert all(value in answer for value in fact.current)
+        assert not any(value in question for value in fact.values)
+
+
+@pytest.mark.parametrize("split", SIDES)
+def test_no_two_facts_share_a_subject_and_an_attribute(split: Split) -> None:
+    found = facts.facts(random.Random(3), split, 400)
+    assert len({(f.subject, f.attribute) for f in found}) == 400
+
+
+def test_of_a_corrected_fact_the_newest_value_is_right() -> None:
+    corrected = [f for f in drawn("held_out") if f.corrected]
+    assert corrected
+    assert all(f.current == f.values[-1:] and len(set(f.values)) == 2 for f in corrected)

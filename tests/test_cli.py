@@ -1,0 +1,141 @@
+"""The command line, as its user meets it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from still_agent.cli.app import app, main
+
+ROOT = Path(__file__).parent.parent
+PATHS = os.pathsep.join([str(ROOT), str(ROOT / "memory")])
+TINY_SLOTS = ("--slots", "128", "--compactor", "streaming")
+
+
+def still_agent(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "still_agent", *arguments], capture_output=True, text=True,
+        timeout=120, env={**os.environ, "PYTHONPATH": PATHS},
+    )  # fmt: skip
+
+
+def chat(model: Path, store: Path, stdin: str, *more: str) -> Result:
+    at = ("--model", str(model), "--store", str(store), "--max-tokens", "4")
+    return CliRunner().invoke(app, ["chat", *at, *TINY_SLOTS, *more], input=stdin)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
+    """A store with one session, made by `still-agent chat` itself."""
+    path = tmp_path_factory.mktemp("chat") / "talk.db"
+    page = path.with_name("page.txt")
+    page.write_text("It was a long and quiet afternoon by the river. " * 40)
+    said = f"My sister Ana lives in Porto.\n\n/stats\n/read {page}\n/what\n/quit\n"
+    done = chat(tiny_folder, path, said, "--session", "ålice")
+    assert done.exit_code == 0, done.output
+    path.with_name("chat.txt").write_text(done.stdout)
+    return path
+
+
+def test_help_comes_in_under_half_a_second() -> None:
+    seconds = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = still_agent("--help")
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert done.returncode == 0 and "sessions" in done.stdout
+        # processor time, which a busy machine does not stretch as it does the clock
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(seconds) < 0.5
+
+
+@pytest.mark.parametrize("module", ["still_agent.cli.app", "still_agent.evaluation.journey"])
+def test_commands_import_no_torch_until_they_run(module: str) -> None:
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+    env = {**os.environ, "PYTHONPATH": PATHS}
+    assert subprocess.run([sys.executable, "-c", code], env=env).returncode == 0
+
+
+def test_chat_shows_slots_and_each_compaction(store: Path) -> None:
+    shown = store.with_name("chat.txt").read_text()
+    assert re.search(r"\d+ of 128 slots", shown)
+    assert re.search(r"compacted .* slots", shown)
+
+
+def test_chat_resumes_a_session(store: Path, tiny_folder: Path) -> None:
+    done = chat(tiny_folder, store, "", "--session", "ålice")
+    assert "resumed 'ålice'" in done.stdout
+
+
+def test_a_mistake_in_a_chat_costs_a_line_and_not_the_session(
+    tmp_path: Path, tiny_folder: Path
+) -> None:
+    broken = tmp_path / "latin.txt"
+    broken.write_bytes(b"caf\xe9")
+    said = f"/read {broken}\n/read {tmp_path / 'none.txt'}\nhello\n"
+    done = chat(tiny_folder, tmp_path / "s.db", said)
+    assert done.exit_code == 0, done.output
+    assert done.stdout.count("error:") == 2
+    assert re.search(r"\d+ of 128 slots", done.stdout)
+
+
+def test_sessions_are_listed_shown_and_deleted(store: Path, tmp_path: Path) -> None:
+    runner = CliRunner()
+    copy = tmp_path / "copy.db"
+    copy.write_bytes(store.read_bytes())
+    at = ["--store", str(copy)]
+    assert "ålice" in runner.invoke(app, ["sessions", "list", *at]).stdout
+    (info,) = json.loads(runner.invoke(app, ["sessions", "list", "--json", *at]).stdout)
+    assert info["name"] == "ålice" and info["tokens"] > info["slots"] > 0
+    turns = json.loads(runner.invoke(app, ["sessions", "show", "ålice", "--json", *at]).stdout)
+    assert "My sister Ana lives in Porto." in [t["text"] for t in turns]
+    assert len(turns) == info["turns"]
+    assert "Porto" in runner.invoke(app, ["sessions", "show", "ålice", *at]).stdout
+    assert runner.invoke(app, ["sessions", "delete", "ålice", *at], input="n\n").exit_code == 1
+    assert runner.invoke(app, ["sessions", "delete", "ålice", "--yes", *at]).exit_code == 0
+    assert json.loads(runner.invoke(app, ["sessions", "list", "--json", *at]).stdout) == []
+
+
+def test_a_store_can_be_named_by_the_environment(store: Path) -> None:
+    runner = CliRunner()
+    done = runner.invoke(app, ["sessions", "list", "--json"], env={"STILL_STORE": str(store)})
+    assert len(json.loads(done.stdout)) == 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("sessions", "list", "--store", "no-such.db"),
+        ("sessions", "show", "nobody"),
+        ("sessions", "delete", "nobody", "--yes"),
+        ("demo", "--facts", "many"),
+        ("chat", "--slots", "3"),
+    ],
+    ids=lambda a: " ".join(a[:2]),
+)
+def test_a_typed_error_is_one_line_and_status_1(
+    arguments: tuple[str, ...],
+    store: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("STILL_STORE", str(store))
+    monkeypatch.setattr(sys, "argv", ["still-agent", *arguments])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 1
+    assert re.fullmatch(r"error: .+\n", capsys.readouterr().err)
+
+
+def test_looking_into_a_store_does_not_make_one(tmp_path: Path) -> None:
+    done = still_agent("sessions", "list", "--store", str(tmp_path / "new.db"))
+    assert done.returncode == 1 and done.stderr.startswith("error: there is no store")
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,183 @@
+"""Training's promises: a frozen model that is its own teacher, and kills that cost nothing."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import pytest
+import torch
+
+from still_agent.models import attention
+from still_agent.training.exams import all_right, pack
+from still_agent.training.still import Recipe, Trainer, divergence, recall
+from still_agent.training.student import answer_logits, compact_in_rounds
+from still_agent.training.teacher import teach
+from still_memory.compactors.still import StillCompactor, StillConfig
+
+RECIPE = Recipe(
+    steps=6, rows=2, lengths=(32,), ratios=(2, 4), rounds=(1, 2), raw_tails=(0, 4), rate=3e-3
+)
+
+
+def source_of(seed: int):
+    rng = random.Random(seed)
+
+    def source(rows: int, length: int):
+        def ids(n: int) -> list[int]:
+            return [rng.randrange(300, 1000) for _ in range(n)]
+
+        mask = [False] * 3 + [True] * 4 + [False] * 2 + [True] * 3
+        return pack([(ids(length), ids(12), mask) for _ in range(rows)], pad=0)
+
+    return source
+
+
+def compactor(tiny, **settings) -> StillCompactor:
+    torch.manual_seed(0)
+    config = StillConfig(layers=tiny.layers, kv_heads=tiny.kv_heads, head_dim=tiny.head_dim,
+                         **{"beta": True, "placement": "salient", **settings})  # fmt: skip
+    return StillCompactor(config, tiny.identity)
+
+
+def taught(tiny, exams):
+    """A lesson whose answers are the model's own: teach once more on what it would say."""
+    for _ in range(12):
+        lesson = teach(tiny, exams)
+        if lesson.right[0] == lesson.right[1]:
+            break
+        full = answer_logits(
+            tiny, lesson.cache, exams.exam, exams.answer[:, 1:].nonzero(as_tuple=True)
+        )
+        exams.exam[:, 1:][exams.answer[:, 1:]] = full.argmax(-1)
+    return lesson
+
+
+def test_divergence_is_zero_only_for_the_teacher_itself():
+    logits, gold = torch.randn(5, 50), torch.arange(5)
+    assert divergence(logits, logits, gold, top_k=8) == pytest.approx(0, abs=1e-6)
+    assert divergence(logits, torch.randn(5, 50), gold, top_k=8) > 0.01
+
+
+def test_divergence_always_looks_at_the_gold_token():
+    teacher = torch.zeros(1, 50)
+    teacher[0, :8] = 10.0
+    worse = teacher.clone()
+    worse[0, 49] = 12.0  # a token outside the teacher's top 8
+    none, forced = (divergence(teacher, worse, torch.tensor([g]), top_k=8) for g in (0, 49))
+    assert none == pytest.approx(0, abs=1e-6) and forced > 0.1
+
+
+def test_a_batch_with_nothing_to_learn_changes_no_weight_to_nan(tiny, tmp_path):
+    exams = source_of(1)(2, 24)
+    exams.answer[:] = False
+    exams.runs[:] = -1
+    trainer = Trainer(tiny, compactor(tiny), lambda rows, length: exams, RECIPE, tmp_path)
+    assert trainer.learn()["kl"] == 0
+    assert all(torch.isfinite(p).all() for p in trainer.still.parameters())
+
+
+def test_answers_by_another_model_are_not_taught(tiny):
+    exams = source_of(1)(3, 24)
+    lesson = teach(tiny, exams)
+    columns = lesson.where[1] + 1
+    assert (exams.exam[lesson.where[0], columns] == lesson.gold).all()
+    assert (lesson.logits.argmax(-1) == lesson.gold).all()
+    assert len(lesson.gold) < int(exams.answer.sum())  # random answers are not the model's own
+
+
+def test_own_answers_are_all_taught(tiny):
+    exams = source_of(2)(2, 24)
+    lesson = taught(tiny, exams)
+    assert lesson.right[0] == lesson.right[1] > 0
+    assert len(lesson.gold) == int(exams.answer.sum())
+
+
+def test_student_with_the_whole_cache_is_the_teacher(tiny):
+    exams = source_of(3)(2, 24)
+    lesson = taught(tiny, exams)
+    student = answer_logits(tiny, lesson.cache, exams.exam, lesson.where)
+    assert torch.allclose(student, lesson.logits, atol=2e-4)
+
+
+def test_attention_targets_are_what_the_teacher_looked_at(tiny):
+    lesson = teach(tiny, source_of(4)(2, 24))
+    assert lesson.attention.shape == (tiny.layers, 2, tiny.kv_heads, 24)
+    assert 0 < lesson.attention.max() <= 1 and (lesson.attention >= 0).all()
+    assert tiny.model.config._attn_implementation == attention.NAME
+
+
+@pytest.mark.parametrize("rounds", [1, 2, 5])
+@pytest.mark.parametrize("tail", [0, 6])
+def test_rounds_keep_the_asked_number_of_slots(tiny, rounds, tail):
+    exams = source_of(5)(2, 30)
+    lesson = teach(tiny, exams)
+    state, scores = compact_in_rounds(tiny, compactor(tiny), exams.context, lesson.cache,
+                                      rounds=rounds, slots=8, raw_tail=tail)  # fmt: skip
+    assert state.slots <= 8 + tail
+    assert sum(s.shape[-1] for s, _ in scores) + min(tail, 30) >= 30 - tail
+    assert (state.positions.diff(dim=-1) > 0).all()
+
+
+def test_no_compaction_is_no_change(tiny):
+    """Rounds that drop nothing leave the student equal to the teacher."""
+    exams = source_of(6)(2, 24)
+    lesson = taught(tiny, exams)
+    state, _ = compact_in_rounds(tiny, compactor(tiny), exams.context, lesson.cache,
+                                 rounds=3, slots=24, raw_tail=0)  # fmt: skip
+    student = answer_logits(tiny, state, exams.exam, lesson.where)
+    assert torch.allclose(student, lesson.logits, atol=2e-4)
+
+
+def test_training_lowers_the_loss_and_leaves_the_model_alone(tiny, tmp_path):
+    before = {n: p.clone() for n, p in tiny.model.named_parameters()}
+    still, source = compactor(tiny, placement="even"), source_of(7)
+    exams = source(4, 32)
+    taught(tiny, exams)
+    recipe = Recipe(steps=40, rows=4, lengths=(32,), ratios=(4,), rounds=(1,), raw_tails=(0,),
+                    rate=3e-3, warm_up=2)  # fmt: skip
+    trainer = Trainer(tiny, still, lambda rows, length: exams, recipe, tmp_path)
+    losses = [trainer.learn()["kl"] for _ in range(40)]
+    assert sum(losses[-5:]) < 0.6 * sum(losses[:5])
+    assert all(torch.equal(p, before[n]) for n, p in tiny.model.named_parameters())
+    assert not any(p.requires_grad for p in tiny.model.parameters())
+
+
+def test_killed_training_resumes_bit_for_bit(tiny, tmp_path):
+    whole = Trainer(tiny, compactor(tiny), source_of(8), RECIPE, tmp_path / "whole")
+    for _ in range(6):
+        whole.learn()
+    source = source_of(8)
+    first = Trainer(tiny, compactor(tiny), source, RECIPE, tmp_path / "parts")
+    for _ in range(3):
+        first.learn()
+    first.save()
+    second = Trainer(tiny, compactor(tiny), source, RECIPE, tmp_path / "parts")
+    second.resume()
+    for _ in range(3):
+        second.learn()
+    ours, theirs = whole.still.state_dict(), second.still.state_dict()
+    assert all(torch.equal(ours[n], theirs[n]) for n in ours)
+
+
+def test_the_log_can_be_read_and_the_folder_loaded(tiny, tmp_path):
+    trainer = Trainer(tiny, compactor(tiny), source_of(9), RECIPE, tmp_path)
+    rows: list[dict] = []
+    trainer.run(rows.append, every=2, save_every=3, evaluate=lambda: {"checked": 1.0})
+    logged = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert logged == rows and [r["step"] for r in rows] == [2, 4, 6] and rows[-1]["checked"] == 1.0
+    assert StillCompactor.load(tmp_path, tiny.identity).identity == trainer.still.identity
+
+
+def test_recall_with_every_slot_is_the_teachers(tiny):
+    exams = source_of(10)(2, 24)
+    taught(tiny, exams)
+    assert recall(tiny, compactor(tiny), [exams], ratio=1) == (1.0, 1.0)
+
+
+def test_all_right_counts_answers_not_tokens():
+    exams = source_of(11)(1, 8)
+    hits = exams.answer.clone()
+    assert all_right(hits, exams) == (2, 2)
+    hits[0, 4] = False
+    assert all_right(hits, exams) == (1, 2)
