@@ -76,13 +76,22 @@ class Budget(Settings):
         room = self.slots - pinned - chunk - lookahead
         memory = self.memory or min(self.slots * 5 // 8, room)
         if room < max(memory, 2):
-            least = pinned + chunk + lookahead + max(memory, 2)
             raise BudgetError(
                 f"{self.slots} slots cannot hold a pinned prefix of {pinned} tokens, a chunk of "
                 f"{chunk}, a look-ahead of {lookahead} and a memory of {max(memory, 2)}: give "
-                f"slots={least} or more, or make one of them smaller"
+                f"slots={self._least(pinned)} or more, or make one of them smaller"
             )
         return Shares(memory, chunk, lookahead, self._span(memory, chunk))
+
+    def _least(self, pinned: int) -> int:
+        """The fewest slots that hold these shares; those left to us grow with the slots."""
+        slots, needed = 0, 16
+        while slots < needed:
+            slots = needed
+            chunk = self.chunk or slots // 4
+            lookahead = slots // 16 if self.lookahead is None else self.lookahead
+            needed = pinned + chunk + lookahead + (self.memory or 2)
+        return slots
 
     def _span(self, memory: int, chunk: int) -> int:
         if self.schedule == "rolling":

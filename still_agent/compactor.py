@@ -10,7 +10,7 @@ from still_memory.compactors.base import Compactor
 from still_memory.compactors.still import StillCompactor
 from still_memory.errors import CompactorError
 
-PACKAGED = Path(__file__).parent / "reference" / "compactor"
+PACKAGED = Path(__file__).parent / "reference" / "still"
 _METHODS = " or ".join(f'compactor="{name}"' for name in TRAINING_FREE)
 
 
@@ -29,6 +29,9 @@ def choose_compactor(
                 f"use one that needs no training: {_METHODS}"
             )
         choice = PACKAGED
+    if isinstance(choice, StillCompactor):
+        what = "the compactor given"
+        model.identity.require(choice.model, what, "Give one for this model, or load that model.")
     if not isinstance(choice, str | Path):
         return choice
     if isinstance(choice, str) and choice in TRAINING_FREE:

@@ -33,6 +33,7 @@ from still_memory.rotation import free, place
 from still_memory.span import Span, raw_slots
 
 PREFILL = 512  # tokens of one forward pass, so that activations stay bounded
+_REMEDY = "the compactor is at fault: use another one"
 
 
 class RollingState:
@@ -222,8 +223,10 @@ def _split(tail: Sequence[Entry], tokens: int) -> tuple[list[Entry], list[Entry]
 def _require_shorter(span: Span, spans: Sequence[Span], slots: int, before: int) -> None:
     """What a compactor promised; a broken promise must not become a damaged memory."""
     if (span.start, span.end) != (spans[0].start, spans[-1].end):
-        raise CompactorError(f"asked for {spans[0].start} to {spans[-1].end}, and got {span}")
+        raise CompactorError(
+            f"asked for {spans[0].start} to {spans[-1].end}, and got {span}; {_REMEDY}"
+        )
     if not 0 < len(span) <= min(slots, before - 1):
-        raise CompactorError(f"asked for {slots} slots of {before}, and got {span}")
+        raise CompactorError(f"asked for {slots} slots of {before}, and got {span}; {_REMEDY}")
     if span.raw or span.rotated_at is not None:
-        raise CompactorError(f"a compact span has rounds and no rotation, unlike {span}")
+        raise CompactorError(f"a compact span has rounds and no rotation, unlike {span}; {_REMEDY}")

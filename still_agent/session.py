@@ -116,7 +116,8 @@ class Session:
 
         A long text is cut at the ends of paragraphs and sentences into parts of at most 4,096
         tokens. Each is a turn of its own, saved as it is read: what interrupts `read` undoes
-        only the part it is in, and `history` shows how far it came.
+        only the part it is in, and `history` shows how far it came. Blanks at a cut, and
+        around the whole, are dropped.
         """
         check_message(text)
         with self._computing(None):

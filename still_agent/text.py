@@ -36,11 +36,13 @@ def file_text(path: str | Path) -> str:
         return Path(path).read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(
-            f"{path} is not UTF-8 (byte {error.start}): convert it first, for instance with "
-            f"iconv -f latin1 -t utf-8"
+            f"{str(path)!r} is not UTF-8 (byte {error.start}): convert it first, for instance "
+            "with iconv -f latin1 -t utf-8"
         ) from None
     except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}; check the path") from None
+        raise InputError(f"cannot read {str(path)!r}: {error.strerror}; check the path") from None
+    except ValueError as error:  # a null byte, or what no file name can hold
+        raise InputError(f"cannot read {str(path)!r}: {error}; check the path") from None
 
 
 def parts(text: str, encode: Callable[[str], Sequence[int]], limit: int = PART) -> Iterator[str]:

@@ -27,7 +27,7 @@ def still_agent(*arguments: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
-def chat(model: Path, store: Path, stdin: str, *more: str) -> Result:
+def chat(model: Path, store: Path, stdin: str | bytes, *more: str) -> Result:
     at = ("--model", str(model), "--store", str(store), "--max-tokens", "4")
     return CliRunner().invoke(app, ["chat", *at, *TINY_SLOTS, *more], input=stdin)
 
@@ -84,6 +84,13 @@ def test_a_mistake_in_a_chat_costs_a_line_and_not_the_session(
     done = chat(tiny_folder, tmp_path / "s.db", said)
     assert done.exit_code == 0, done.output
     assert done.stdout.count("error:") == 2
+    assert re.search(r"\d+ of 128 slots", done.stdout)
+
+
+def test_bytes_that_are_no_utf8_cost_their_line(tmp_path: Path, tiny_folder: Path) -> None:
+    done = chat(tiny_folder, tmp_path / "s.db", b"caf\xe9\n/read caf\xe9.txt\nhello\n")
+    assert done.exit_code == 0, done.output
+    assert done.stdout.count("error:") == 2 and "lone surrogate" in done.stdout
     assert re.search(r"\d+ of 128 slots", done.stdout)
 
 

@@ -16,23 +16,30 @@ import math
 import os
 import random
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from still_agent.evaluation import facts
-from still_agent.evaluation.dialogues import Prose, dialogue
+from still_agent.evaluation.dialogues import Prose, dialogue, render
+from still_agent.evaluation.facts import Split
+from still_agent.models.tokenizers import TiktokenTokenizer
 from structured_init import structured_init
-from tokens import Tokens
+from train_tokenizer import HELD_OUT_BOOKS
 
-HELD_OUT_BOOKS = ("wizard_of_oz", "treasure_island", "alice_in_wonderland")
+VOCABULARY = 4096
+QUESTION_TOKENS = 36  # of a question and its answer, about
+MOST_QUESTIONS = 24
 
 
-def build(args: argparse.Namespace, vocab: int) -> Qwen3ForCausalLM:
+def build(args: argparse.Namespace) -> Qwen3ForCausalLM:
     config = Qwen3Config(
-        vocab_size=vocab,
+        vocab_size=VOCABULARY,
         hidden_size=args.d,
         intermediate_size=args.ff,
         num_hidden_layers=args.layers,
@@ -43,210 +50,224 @@ def build(args: argparse.Namespace, vocab: int) -> Qwen3ForCausalLM:
         max_position_embeddings=2048,
         rope_parameters={"rope_type": "default", "rope_theta": args.theta},
     )
-    torch.manual_seed(args.seed)
     model = Qwen3ForCausalLM(config)
     structured_init(model, args.seed)
     return model
 
 
-def make_optimizers(
-    model: Qwen3ForCausalLM, rate: float, *, muon: bool
-) -> list[torch.optim.Optimizer]:
+def make_optimizers(model: Qwen3ForCausalLM, rate: float) -> list[torch.optim.Optimizer]:
     """Muon (arXiv 2502.16982's scaling) for the layers' matrices, AdamW for all else."""
-    inner = [q for n, q in model.named_parameters() if muon and q.dim() == 2 and "embed" not in n]
+    inner = [q for n, q in model.named_parameters() if q.dim() == 2 and "embed" not in n]
     taken = {id(q) for q in inner}
     rest = [q for q in model.parameters() if id(q) not in taken]
     groups = [
         {"params": [q for q in rest if q.dim() > 1], "weight_decay": 0.01},
         {"params": [q for q in rest if q.dim() == 1], "weight_decay": 0.0},
     ]
-    found: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98), eps=1e-9, fused=True)
+    return [
+        torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98), eps=1e-9, fused=True),
+        torch.optim.Muon(inner, lr=rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
     ]
-    if inner:
-        found.append(
-            torch.optim.Muon(inner, lr=rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
-        )
-    return found
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One part of the curriculum."""
+
+    length: int
+    fewest: int  # facts in a row
+    most: int
+    rows: int
+    minutes: float
+    dense: float  # share of rows that hold facts alone, without prose
+
+    @classmethod
+    def parse(cls, text: str) -> Stage:
+        length, fewest, most, rows, minutes, dense = text.split(",")
+        return cls(int(length), int(fewest), int(most), int(rows), float(minutes), float(dense))
 
 
 def batch(
-    rng,
-    split,
-    prose,
-    tokens: Tokens,
-    length: int,
-    size: int,
-    low: int,
-    high: int,
-    shared: float,
-    dense: float = 0.0,
-):
-    """Rows of exactly `length` tokens: ids, answer mask, prose mask."""
-    ids = torch.full((size, length), tokens.pad)
-    answers = torch.zeros(size, length, dtype=torch.bool)
-    for b in range(size):
-        count = rng.randint(low, high)
-        told = facts.facts(rng, split, count, shared_names=shared)
-        asked = min(count, 24)
-        room = 0 if rng.random() < dense else length - asked * 36 - 30
-        d = dialogue(rng, split, prose, tokens=max(room, 0), told=told, asked=asked)
-        row, mask = tokens.render(d.lines())
-        ids[b, : len(row)] = torch.tensor(row[:length])
-        answers[b, : len(row)] = torch.tensor(mask[:length])
-    return ids, answers, ids != tokens.pad
+    rng: random.Random, split: Split, prose: Prose, tokenizer: TiktokenTokenizer, stage: Stage,
+    rows: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Rows of `stage.length` tokens: ids, which are answers, which are not padding."""
+    ids = torch.zeros(rows, stage.length, dtype=torch.long)
+    answers = torch.zeros(rows, stage.length, dtype=torch.bool)
+    real = torch.zeros(rows, stage.length, dtype=torch.bool)
+    shared = 0.15 if split == "train" else 0.0
+    for b in range(rows):
+        told = facts.facts(rng, split, rng.randint(stage.fewest, stage.most), shared_names=shared)
+        asked = min(len(told), MOST_QUESTIONS)
+        room = stage.length - asked * QUESTION_TOKENS - 30
+        tokens = 0 if rng.random() < stage.dense else max(room, 0)
+        talk = dialogue(rng, split, prose, tokens=tokens, told=told, asked=asked)
+        row, mask = render(tokenizer, talk.lines())
+        row, mask = [*tokenizer.start, *row], [False] * len(tokenizer.start) + mask
+        n = min(len(row), stage.length)
+        ids[b, :n] = torch.tensor(row[:n])
+        answers[b, :n] = torch.tensor(mask[:n])
+        real[b, :n] = True
+    return ids, answers, real
 
 
 @torch.no_grad()
 def exact(
-    model, prose, tokens: Tokens, length: int, low: int, high: int, rows: int, dense: float = 0.0
+    model: Qwen3ForCausalLM, prose: Prose, tokenizer: TiktokenTokenizer, stage: Stage, rows: int
 ) -> float:
     """Share of held-out answers that are right in every token (teacher forced)."""
     model.eval()
     rng = random.Random(77)
     right = total = 0
     for _ in range(math.ceil(rows / 8)):
-        ids, answers, _ = batch(rng, "held_out", prose, tokens, length, 8, low, high, 0.0, dense)
+        ids, answers, _ = batch(rng, "held_out", prose, tokenizer, stage, 8)
         with torch.autocast("cpu", torch.bfloat16):
             hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
         for b in range(len(ids)):
             where = answers[b, 1:].nonzero()[:, 0]
-            hit = (
-                F.linear(hidden[b, where].float(), model.lm_head.weight).argmax(-1)
-                == ids[b, where + 1]
-            )
+            likeliest = F.linear(hidden[b, where].float(), model.lm_head.weight).argmax(-1)
+            hit = likeliest == ids[b, where + 1]
             runs = (where.diff(prepend=where[:1] - 2) != 1).cumsum(0)
-            for r in runs.unique():
-                if (runs == r).sum() > 4:  # not an acknowledgement
-                    right += bool(hit[runs == r].all())
+            for run in runs.unique():
+                if (runs == run).sum() > 4:  # not an acknowledgement
+                    right += bool(hit[runs == run].all())
                     total += 1
     model.train()
     return right / max(total, 1)
 
 
+class Run:
+    """A model in training, with what it takes to stop and go on."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.tokenizer = TiktokenTokenizer(args.tokenizer)
+        books = sorted(args.books.glob("*.txt"))
+        self.train = Prose.of(*(b for b in books if b.stem not in HELD_OUT_BOOKS))
+        self.held_out = Prose.of(*(b for b in books if b.stem in HELD_OUT_BOOKS))
+        self.model = build(args) if args.init is None else Qwen3ForCausalLM.from_pretrained(
+            args.init, dtype=torch.float32
+        )  # fmt: skip
+        self.optimizers = make_optimizers(self.model, args.lr)
+        self.stages = [Stage.parse(text) for text in args.stages.split(";")]
+        self.stage = self.step = self.seen = 0
+        self.spent = 0.0  # minutes, of the whole run
+        self.here = 0.0  # minutes, of this stage
+        args.out.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def rate(self) -> float:
+        """Warm-up, then constant, then linear to `final` over the last `decay` of the time."""
+        done = sum(s.minutes for s in self.stages[: self.stage]) + self.here
+        left = 1 - done / sum(s.minutes for s in self.stages)
+        fall = max(self.args.final, min(1.0, left / self.args.decay))
+        return self.args.lr * min(1.0, (self.step + 1) / 50) * fall
+
+    def go(self) -> None:
+        body = self.model.model
+        if self.args.compile:
+            body = torch.compile(body, dynamic=False)
+        while self.stage < len(self.stages):
+            stage = self.stages[self.stage]
+            rng = random.Random(f"{self.args.seed} {self.stage} {self.step}")
+            losses: list[tuple[float, float]] = []
+            clock, before = time.time(), self.spent
+            began = self.here
+            score = 0.0
+            while self.here < stage.minutes and score < self.args.advance:
+                losses.append(self.learn(body, rng, stage))
+                minutes = (time.time() - clock) / 60
+                self.spent, self.here = before + minutes, began + minutes
+                if self.step % self.args.every == 0:
+                    score = exact(self.model, self.held_out, self.tokenizer, stage, 16)
+                    self.report(stage, losses, score)
+                    losses.clear()
+            self.stage, self.here = self.stage + 1, 0.0
+        self.save()
+
+    def learn(self, body: Any, rng: random.Random, stage: Stage) -> tuple[float, float]:
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.rate
+        ids, answers, real = batch(rng, "train", self.train, self.tokenizer, stage, stage.rows)
+        with torch.autocast("cpu", torch.bfloat16):
+            hidden = body(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
+            target, answer = ids[:, 1:], answers[:, 1:]
+            other = real[:, 1:] & ~answer & (torch.rand(target.shape) < 0.25)
+            head = self.model.lm_head.weight
+            on_answer = F.cross_entropy(F.linear(hidden[answer], head).float(), target[answer])
+            on_prose = F.cross_entropy(F.linear(hidden[other], head).float(), target[other])
+        (on_answer + self.args.prose_weight * on_prose).backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        self.step += 1
+        self.seen += int(real.sum())
+        return on_answer.item(), on_prose.item()
+
+    def report(self, stage: Stage, losses: list[tuple[float, float]], score: float) -> None:
+        answer, prose = (sum(x) / len(losses) for x in zip(*losses, strict=True))
+        row = {
+            "step": self.step, "minutes": round(self.spent, 2), "length": stage.length,
+            "answer": round(answer, 4), "prose": round(prose, 4), "exact": round(score, 4),
+            "tokens": self.seen,
+        }  # fmt: skip
+        with (self.args.out / "log.jsonl").open("a") as log:
+            log.write(json.dumps(row) + "\n")
+        print(row, flush=True)
+        self.save()
+
+    def save(self) -> None:
+        self.model.save_pretrained(self.args.out)
+        state = {
+            "model": self.model.state_dict(),
+            "optimizers": [o.state_dict() for o in self.optimizers],
+            **{name: getattr(self, name) for name in ("stage", "step", "seen", "spent", "here")},
+        }
+        torch.save(state, self.args.out / "state.tmp")
+        os.replace(self.args.out / "state.tmp", self.args.out / "state.pt")
+
+    def resume(self) -> None:
+        state = torch.load(self.args.out / "state.pt", weights_only=True)
+        self.model.load_state_dict(state.pop("model"))
+        for optimizer, saved in zip(self.optimizers, state.pop("optimizers"), strict=True):
+            optimizer.load_state_dict(saved)
+        for name, value in state.items():
+            setattr(self, name, value)
+
+
 def main() -> None:
-    p = argparse.ArgumentParser()
-    p.add_argument("--books", type=Path, required=True)
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("--books", type=Path, required=True, help="a folder of plain texts")
     p.add_argument("--tokenizer", type=Path, default=Path("still_agent/reference/model"))
     p.add_argument("--out", type=Path, required=True)
     p.add_argument("--resume", action="store_true")
-    p.add_argument("--init", type=Path)
-    for k, v in dict(
-        d=256,
-        layers=4,
-        heads=6,
-        kv_heads=2,
-        head_dim=64,
-        ff=512,
-        seed=0,
-        threads=2,
-        every=50,
-        compile=0,
-        muon=1,
-    ).items():
-        p.add_argument("--" + k.replace("_", "-"), type=int, default=v)
-    for k, v in dict(theta=1e6, lr=2e-3, final=0.1, prose_weight=0.3, advance=0.96).items():
-        p.add_argument("--" + k.replace("_", "-"), type=float, default=v)
+    p.add_argument("--init", type=Path, help="start from this folder's weights")
+    p.add_argument("--compile", action="store_true")
+    integers = {
+        "d": 256, "ff": 512, "layers": 4, "heads": 6, "kv_heads": 2, "head_dim": 64,
+        "seed": 0, "threads": 2, "every": 50,
+    }  # fmt: skip
+    numbers = {
+        "theta": 1e6, "lr": 1e-3, "decay": 0.6, "final": 0.03, "prose_weight": 0.3, "advance": 0.97,
+    }  # fmt: skip
+    for name, value in {**integers, **numbers}.items():
+        p.add_argument("--" + name.replace("_", "-"), type=type(value), default=value)
     p.add_argument(
         "--stages",
-        default="160,3,3,24,4,1;256,3,6,16,5,0.5;512,4,12,8,10,0.2;1024,6,24,4,15,0.1;2048,8,40,2,20,0.1",
+        default="160,3,3,24,4,1;384,3,6,16,15,0.7;768,6,14,8,15,0.5;1536,10,34,4,15,0.3;"
+        "2048,8,44,3,20,0.2",
         help="length,fewest facts,most facts,rows,minutes,share without prose; ...",
     )
     args = p.parse_args()
     torch.set_num_threads(args.threads)
-    tokens = Tokens(args.tokenizer)
-    paths = sorted(args.books.glob("*.txt"))
-    train = Prose.of(*(b for b in paths if b.stem not in HELD_OUT_BOOKS))
-    held_out = Prose.of(*(b for b in paths if b.stem in HELD_OUT_BOOKS))
-    args.out.mkdir(parents=True, exist_ok=True)
-    model = (
-        Qwen3ForCausalLM.from_pretrained(args.init, dtype=torch.float32)
-        if args.init
-        else build(args, tokens.size)
-    )
-    print(f"{sum(q.numel() for q in model.parameters()) / 1e6:.2f} M parameters", flush=True)
-    optimizers = make_optimizers(model, args.lr, muon=bool(args.muon))
-    step, seen, spent = 0, 0, 0.0
-    if args.resume and (args.out / "state.pt").exists():
-        state = torch.load(args.out / "state.pt", weights_only=True)
-        model.load_state_dict(state["model"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        step, seen, spent = state["step"], state["seen"], state["spent"]
-    started = time.time() - spent
-    log = (args.out / "log.jsonl").open("a")
-    body = torch.compile(model.model, dynamic=False) if args.compile else model.model
-    stages = [tuple(float(x) for x in s.split(",")) for s in args.stages.split(";")]
-    for index, (length, low, high, rows, minutes, dense) in enumerate(stages):
-        length, low, high, rows = int(length), int(low), int(high), int(rows)
-        rng = random.Random(args.seed * 1000 + index + step)
-        begun, last = time.time(), index == len(stages) - 1
-        losses: list[tuple[float, float]] = []
-        while (elapsed := (time.time() - begun) / 60) < minutes:
-            rate = args.lr * min(1.0, (step + 1) / 50)
-            if last:
-                rate *= max(args.final, 1 - (1 - args.final) * elapsed / minutes)
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = rate
-            ids, answers, real = batch(
-                rng,
-                "train",
-                train,
-                tokens,
-                length,
-                rows,
-                low,
-                high,
-                0.15 if length >= 256 else 0,
-                dense,
-            )
-            with torch.autocast("cpu", torch.bfloat16):
-                hidden = body(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
-                target, is_answer = ids[:, 1:], answers[:, 1:]
-                other = real[:, 1:] & ~is_answer & (torch.rand(target.shape) < 0.25)
-                weight = model.lm_head.weight
-                on_answer = F.cross_entropy(
-                    F.linear(hidden[is_answer], weight).float(), target[is_answer]
-                )
-                on_prose = F.cross_entropy(F.linear(hidden[other], weight).float(), target[other])
-            (on_answer + args.prose_weight * on_prose).backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
-            step, seen = step + 1, seen + int(real.sum())
-            losses.append((on_answer.item(), on_prose.item()))
-            if step % args.every == 0:
-                score = exact(model, held_out, tokens, length, low, high, 16, dense)
-                a, o = (sum(x) / len(losses) for x in zip(*losses, strict=True))
-                losses.clear()
-                spent = time.time() - started
-                row = {
-                    "step": step,
-                    "minutes": round(spent / 60, 2),
-                    "length": length,
-                    "answer": round(a, 4),
-                    "prose": round(o, 4),
-                    "exact": round(score, 4),
-                    "tokens_per_s": int(seen / spent),
-                }
-                log.write(json.dumps(row) + "\n")
-                log.flush()
-                print(row, flush=True)
-                model.save_pretrained(args.out)
-                state = {
-                    "model": model.state_dict(),
-                    "optimizers": [o.state_dict() for o in optimizers],
-                    "step": step,
-                    "seen": seen,
-                    "spent": spent,
-                }
-                torch.save(state, args.out / "state.tmp")
-                os.replace(args.out / "state.tmp", args.out / "state.pt")
-                if score >= args.advance and not last:
-                    break
-    model.save_pretrained(args.out)
+    torch.manual_seed(args.seed)
+    run = Run(args)
+    print(f"{sum(q.numel() for q in run.model.parameters()) / 1e6:.2f} M parameters", flush=True)
+    if args.resume:
+        run.resume()
+    run.go()
 
 
 if __name__ == "__main__":

@@ -12,51 +12,13 @@ from pathlib import Path
 
 import torch
 
-from still_agent.evaluation import facts
-from still_agent.evaluation.dialogues import Prose, dialogue
-from still_agent.evaluation.facts import Split
+from still_agent.evaluation.dialogues import Prose
 from still_agent.models.loading import load_model
-from still_agent.training.exams import Exams, pack
+from still_agent.training.dialogue_exams import dialogue_exams
+from still_agent.training.exams import Exams
 from still_agent.training.still import Recipe, Trainer, recall
 from still_memory.compactors.still import StillCompactor, StillConfig
-from tokens import Tokens
 from train_tokenizer import HELD_OUT_BOOKS
-
-QUESTIONS = 14  # most questions an exam asks
-
-
-def exams(
-    rng: random.Random,
-    split: Split,
-    prose: Prose,
-    tokens: Tokens,
-    rows: int,
-    length: int,
-    density: tuple[float, float],
-) -> Exams:
-    """Contexts of exactly `length` tokens. `density`: facts per 100 tokens, drawn between."""
-    packed = []
-    while len(packed) < rows:
-        count = max(2, round(length / 100 * rng.uniform(*density)))
-        told = facts.facts(rng, split, count, shared_names=0.1)
-        d = dialogue(rng, split, prose, tokens=int(length * 1.05) + 20, told=told, asked=QUESTIONS)
-        context, _ = tokens.render(d.context)
-        if len(context) < length:
-            continue
-        ids, mask = tokens.render((line for q in d.exam for line in q.lines()), start=False)
-        # what is cut off at the end must not be asked: ask only of facts told in full
-        text = tokens.encoding.decode(context[:length])
-        lines = [
-            line
-            for q in d.exam
-            if all(v in text for v in q.expected) and (q.fact is None or q.fact.values[-1] in text)
-            for line in q.lines()
-        ]
-        if not lines:
-            continue
-        ids, mask = tokens.render(lines, start=False)
-        packed.append((context[:length], ids, mask))
-    return pack(packed, tokens.pad)
 
 
 def main() -> None:
@@ -86,14 +48,15 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     frozen = load_model(str(args.model))
-    tokens = Tokens(args.model)
     paths = sorted(args.books.glob("*.txt"))
     train = Prose.of(*(b for b in paths if b.stem not in HELD_OUT_BOOKS))
     held_out = Prose.of(*(b for b in paths if b.stem in HELD_OUT_BOOKS))
     rng = random.Random(args.seed + 1)
 
     def source(rows: int, length: int) -> Exams:
-        return exams(rng, "train", train, tokens, rows, length, tuple(args.density))
+        return dialogue_exams(
+            rng, "train", train, frozen.tokenizer, rows, length, tuple(args.density)
+        )
 
     config = StillConfig(
         layers=frozen.layers,
@@ -124,8 +87,14 @@ def main() -> None:
     else:
         trainer.calibrate()
     check = random.Random(4242)
-    sparse = [exams(check, "held_out", held_out, tokens, 8, args.lengths[-1], (0.8, 0.8))]
-    dense = [exams(check, "held_out", held_out, tokens, 8, args.lengths[-1], (2.5, 2.5))]
+
+    def held_out_exams(density: float) -> Exams:
+        return dialogue_exams(
+            check, "held_out", held_out, frozen.tokenizer, 8, args.lengths[-1], (density, density)
+        )
+
+    sparse = [held_out_exams(0.8)]
+    dense = [held_out_exams(2.5)]
 
     def evaluate() -> dict[str, float]:
         found = {}

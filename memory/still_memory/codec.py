@@ -30,8 +30,8 @@ _DTYPES = {
     "BF16": torch.bfloat16,
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-_ORDER = ("keys", "values", "positions", "bias")
-_MAX_HEADER = 4096  # four tensors need under 400 bytes
+_ORDER = ("keys", "values", "positions", "bias", "salience")  # the last two where there are
+_MAX_HEADER = 4096  # five tensors need under 400 bytes
 _MAX_DIM = 2**31 - 1
 
 assert sys.byteorder == "little", "the exact codec writes tensors' own bytes"
@@ -73,7 +73,7 @@ def decode(data: bytes, what: str, device: torch.device | str = "cpu") -> Slots:
             else torch.empty(0, dtype=dtype)
         ).view(shape)
         tensors[name] = tensors[name].to(device)
-    return Slots(tensors["keys"], tensors["values"], tensors["positions"], tensors.get("bias"))
+    return Slots(**tensors)
 
 
 def _bytes(tensor: Tensor) -> memoryview:
@@ -112,7 +112,7 @@ def _read_header(data: bytes, what: str) -> tuple[int, _Layout]:
 
 def _fault(tensors: Mapping[str, tuple[str | None, tuple[int, ...]]]) -> str | None:
     """Why these dtypes and shapes are not one layer's slots, or None."""
-    if tuple(tensors) not in (_ORDER, _ORDER[:3]):
+    if tuple(tensors) != tuple(n for n in _ORDER if n in tensors or n in _ORDER[:3]):
         return f"tensors {', '.join(map(str, tensors))} instead of {', '.join(_ORDER)}"
     for name, (dtype, shape) in tensors.items():
         if dtype not in _DTYPES or (name in _ORDER[2:] and dtype != "F32"):

@@ -24,7 +24,7 @@ from still_memory.migrations import APPLICATION_ID, migrations
 PAGE = 65536
 FREE_PAGES = 64  # kept for the next turns: fewer are not worth moving pages for
 VACUUM_PAGES = 32  # given back at most, for each transaction: 2 MiB
-_MAGIC = b"SQLite format 3\0"
+_SMALLEST = 512  # bytes of a SQLite file
 
 # A damaged schema makes sqlite3 raise messages that it cannot decode, and lacks columns that
 # sqlite-utils looks for.
@@ -41,7 +41,7 @@ class StoreFile:
     def __init__(self, path: str | Path, synchronous: str, timeout: float) -> None:
         if synchronous.upper() not in ("NORMAL", "FULL", "EXTRA"):
             raise StoreError(f"synchronous must be NORMAL, FULL or EXTRA, not {synchronous!r}")
-        self.path = Path(path)
+        self.path = Path(path).absolute()  # after a chdir too; and ":memory:" is a file
         self._synchronous = synchronous.upper()
         self._timeout = timeout
         self._lock = threading.RLock()
@@ -132,10 +132,21 @@ class StoreFile:
         return conn
 
     def _prepare_file(self) -> None:
-        """Make the file, for its owner alone; refuse what SQLite should not be shown."""
+        """Make the file, for its owner alone, if it is not there.
+
+        A file that is there is not opened here, not even to look: closing it would drop the
+        locks that other connections of this process hold on it, and another process could
+        then delete the log under them (sqlite.org/howtocorrupt.html, section 2.2).
+        """
         try:
-            with open(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600), "rb") as file:
-                magic = file.read(len(_MAGIC))
+            os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+        except FileExistsError:
+            if self.path.is_dir():
+                raise StoreError(
+                    f"cannot open the store {self.path}: it is a folder; name a file in it"
+                ) from None
+            if self.path.exists() and 0 < self.path.stat().st_size < _SMALLEST:
+                raise self._not_sqlite() from None  # SQLite takes one byte for an empty file
         except PermissionError:
             raise self._read_only() from None
         except OSError as error:
@@ -146,14 +157,20 @@ class StoreFile:
                 "that exists"
             ) from None
         except ValueError as error:
-            raise StoreError(f"cannot open the store {str(self.path)!r}: {error}") from None
-        if not os.access(self.path.parent, os.W_OK):  # the log is a file beside it
+            raise StoreError(
+                f"cannot open the store {str(self.path)!r}: {error}; name another file"
+            ) from None
+        # the log is a file beside it
+        if not (os.access(self.path, os.R_OK | os.W_OK) and os.access(self.path.parent, os.W_OK)):
             raise self._read_only()
-        if magic and magic != _MAGIC:
-            raise StoreError(f"{self.path} is not a SQLite file; name another file as the store")
 
     def _configure(self, conn: sqlite3.Connection) -> None:
-        (application,) = conn.execute("pragma application_id").fetchone()
+        try:
+            (application,) = conn.execute("pragma application_id").fetchone()
+        except sqlite3.DatabaseError as error:
+            if error.sqlite_errorname != "SQLITE_NOTADB":
+                raise
+            raise self._not_sqlite() from None
         (tables,) = conn.execute("select count(*) from sqlite_master").fetchone()
         if tables and application != APPLICATION_ID:
             raise StoreError(
@@ -209,6 +226,9 @@ class StoreFile:
                 "upgrade still-agent, or name another file as the store"
             )
 
+    def _not_sqlite(self) -> StoreError:
+        return StoreError(f"{self.path} is not a SQLite file; name another file as the store")
+
     def _read_only(self) -> StoreError:
         return StoreError(
             f"the store {self.path} cannot be written: make the file and its folder writable, "
@@ -235,7 +255,10 @@ class StoreFile:
                 f"the store {self.path} is damaged ({text}); restore it from a copy, or save "
                 "what can be read with `sqlite3 FILE .recover`"
             )
-        return StoreError(f"the store {self.path} failed: {text}")
+        return StoreError(
+            f"the store {self.path} failed: {text}. Nothing that was committed is lost; open it "
+            "again, and report this if it comes back"
+        )
 
 
 def give_back_pages(conn: sqlite3.Connection) -> None:

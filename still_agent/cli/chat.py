@@ -7,6 +7,8 @@ never the session; Ctrl-C in mid-reply undoes the turn.
 
 from __future__ import annotations
 
+import io
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
@@ -105,6 +107,8 @@ def told(event: Compaction) -> str:
 
 def _lines(console: Console) -> Iterator[str]:
     """What the user types, until /quit or the end of input."""
+    if isinstance(sys.stdin, io.TextIOWrapper):  # a byte that is no UTF-8 costs its line only
+        sys.stdin.reconfigure(errors="surrogateescape")
     while True:
         try:
             line = console.input("[bold]> ").strip()

@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from still_agent.evaluation import facts as fact_forms
 from still_agent.evaluation.facts import MULTI_QUERY_QUESTIONS, NEEDLE, Fact, Split
+
+if TYPE_CHECKING:
+    from still_agent.models.tokenizers import Tokenizer
 
 CHARS_PER_TOKEN = 3.4  # of the reference encoding, on the books
 ACKNOWLEDGEMENT = "Noted."
@@ -49,6 +53,18 @@ class Dialogue:
 
     def lines(self) -> list[Line]:
         return self.context + [line for q in self.exam for line in q.lines()]
+
+
+def render(tokenizer: Tokenizer, lines: Iterable[Line]) -> tuple[list[int], list[bool]]:
+    """Token ids of whole messages, and which of them a model should say itself."""
+    ids: list[int] = []
+    said: list[bool] = []
+    opening = len(tokenizer.reply_opening())
+    for line in lines:
+        message = tokenizer.message(line.role, line.text)
+        ids += message
+        said += [line.answer and at >= opening for at in range(len(message))]
+    return ids, said
 
 
 class Prose:

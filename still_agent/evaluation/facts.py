@@ -437,7 +437,10 @@ def relative(
     rng: random.Random, split: Split, *, corrected: bool = False, relation: str | None = None
 ) -> Fact:
     relation = relation or rng.choice(RELATIONS)
-    values = tuple(rng.sample(cities(split), 1 + corrected))
+    if split == "train" and rng.random() < 0.5:  # so that any word can be a city
+        values = tuple(person(rng, split) for _ in range(1 + corrected))
+    else:
+        values = tuple(rng.sample(cities(split), 1 + corrected))
     return Fact(RELATIVE, relation, person(rng, split), values, corrected)
 
 

@@ -26,10 +26,10 @@ class Exams:
 Source = Callable[[int, int], Exams]  # (rows, context length) -> a fresh batch
 
 
-def pack(rows: list[tuple[list[int], list[int], list[bool]]], pad: int) -> Exams:
+def pack(rows: list[tuple[list[int], list[int], list[bool]]]) -> Exams:
     """Rows of (context ids, exam ids, answer mask) as a batch. Contexts must agree in length."""
     longest = max(len(exam) for _, exam, _ in rows)
-    exam = torch.full((len(rows), longest), pad)
+    exam = torch.zeros(len(rows), longest, dtype=torch.long)
     answer = torch.zeros(len(rows), longest, dtype=torch.bool)
     for b, (_, ids, mask) in enumerate(rows):
         exam[b, : len(ids)] = torch.tensor(ids)

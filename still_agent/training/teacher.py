@@ -26,7 +26,7 @@ class Lesson:
     logits: Tensor  # (n, V) fp32, at every answer token that is taught
     where: tuple[Tensor, Tensor]  # row and column of the exam token *before* each of them
     gold: Tensor  # (n,) the answer tokens
-    attention: Tensor  # (L, B, H_kv, T): most attention that an exam query paid a context token
+    attention: Tensor  # (L, B, H_kv, T): most attention that answering paid a context token
     right: tuple[int, int]  # the teacher's own exact answers, of all
 
 
@@ -76,16 +76,17 @@ def teach(frozen: FrozenModel, exams: Exams) -> Lesson:
         )
     finally:
         model.set_attn_implementation(attention.NAME)
+    speaking = exams.answer[:, 1:]  # from these tokens an answer's tokens are said
     looked = []
     for weights in out.attentions:  # (B, H, Q, T + Q)
-        looked.append(weights[..., :length].amax(2).unflatten(1, (frozen.kv_heads, -1)).amax(2))
-    answer = exams.answer[:, 1:]
-    logits = F.linear(out.last_hidden_state[answer], model.lm_head.weight).float()
-    gold = exams.exam[:, 1:][answer]
+        weights = weights[..., :length] * speaking[:, None, :, None]
+        looked.append(weights.amax(2).unflatten(1, (frozen.kv_heads, -1)).amax(2))
+    logits = F.linear(out.last_hidden_state[speaking], model.lm_head.weight).float()
+    gold = exams.exam[:, 1:][speaking]
     hits = torch.zeros_like(exams.answer)
-    hits[:, 1:][answer] = logits.argmax(-1) == gold
-    own = _up_to_first_miss(hits, exams)[:, 1:][answer]
-    rows, columns = answer.nonzero(as_tuple=True)
+    hits[:, 1:][speaking] = logits.argmax(-1) == gold
+    own = _up_to_first_miss(hits, exams)[:, 1:][speaking]
+    rows, columns = speaking.nonzero(as_tuple=True)
     return Lesson(
         cache=Cache.raw(free_keys(frozen, keys, 0), values),
         logits=logits[own],

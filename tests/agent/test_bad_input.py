@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import sqlite3
 import subprocess
@@ -115,6 +116,10 @@ def test_a_file_that_is_not_utf8(tmp_path: Path) -> None:
         file_text(tmp_path / "latin.txt")
     with pytest.raises(InputError, match="check the path"):
         file_text(tmp_path / "none.txt")
+    for name in ("a\0b", "caf\ud800"):
+        with pytest.raises(InputError, match="check the path") as refused:
+            file_text(name)
+        assert str(refused.value).isprintable()
     (tmp_path / "bom.txt").write_bytes("Füße".encode("utf-8-sig"))
     assert file_text(tmp_path / "bom.txt") == "Füße"
 
@@ -197,6 +202,8 @@ def test_a_compactor_for_another_model(tiny: FrozenModel, tmp_path: Path) -> Non
     StillCompactor(config, tiny.identity).save(tmp_path / "ours")
     with pytest.raises(IdentityError, match="weights differ"):
         choose_compactor(tmp_path / "theirs", "tiny", tiny)
+    with pytest.raises(IdentityError, match="weights differ"):
+        choose_compactor(StillCompactor(config, other), "tiny", tiny)
     assert choose_compactor(tmp_path / "ours", "tiny", tiny).identity.method == "still"
 
 
@@ -316,6 +323,40 @@ def test_two_writers_one_wins_and_the_other_is_told(make_agent: MakeAgent, tmp_p
     assert torch.equal(next_logits(again), next_logits(ours))
     again.send("Then I am second.")
     assert len(again.history()) == 4
+
+
+def test_of_two_processes_one_wins_and_the_other_is_told(
+    make_agent: MakeAgent, tmp_path: Path
+) -> None:
+    path = tmp_path / "s.db"
+    with make_agent(path) as agent:
+        agent.session("x", system="Brief.")
+    fork = multiprocessing.get_context("fork")
+    both_open, answers = fork.Barrier(2), fork.SimpleQueue()
+
+    def write(name: str) -> None:
+        torch.set_num_threads(1)  # a fork has none of its parent's threads
+        mine = make_agent(path)
+        chat = mine.session("x")
+        both_open.wait(60)
+        try:
+            chat.send(name, max_tokens=2)
+        except Exception as error:
+            mine.session("x").send(f"{name} again", max_tokens=2)  # as the error says
+            answers.put(f"{type(error).__name__}: {error}")
+        else:
+            answers.put("won")
+
+    writers = [fork.Process(target=write, args=[name]) for name in ("one", "two")]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join(60)
+    assert [writer.exitcode for writer in writers] == [0, 0]
+    told, won = sorted(answers.get() for _ in writers)
+    assert won == "won" and told.startswith("ConflictError") and "open it again" in told
+    said = [t.text for t in make_agent(path).session("x").history() if t.role == "user"]
+    assert said in (["one", "two again"], ["two", "one again"])
 
 
 def test_a_session_deleted_elsewhere(make_agent: MakeAgent, tmp_path: Path) -> None:

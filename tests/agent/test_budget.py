@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from still_agent import Budget, BudgetError, InputError, Sampling
@@ -22,6 +22,7 @@ def test_a_long_pinned_prefix_takes_from_memory() -> None:
     assert Budget(slots=1024).shares(pinned=200).memory == 1024 - 200 - 256 - 64
 
 
+@settings(deadline=None)
 @given(slots=st.integers(16, 5000), pinned=st.integers(0, 5000))
 def test_shares_never_pass_the_slots(slots: int, pinned: int) -> None:
     try:
@@ -55,10 +56,13 @@ def test_a_budget_that_cannot_work_names_the_fix(options: dict[str, object], say
 
 
 def test_the_slots_that_an_error_names_are_enough() -> None:
-    with pytest.raises(BudgetError) as refused:
-        Budget(slots=256).shares(pinned=250)
-    named = int(str(refused.value).split("give slots=")[1].split()[0])
-    Budget(slots=named, chunk=64, lookahead=16).shares(pinned=250)
+    for options in ({}, {"chunk": 64}, {"lookahead": 0}, {"memory": 100}):
+        with pytest.raises(BudgetError) as refused:
+            Budget(slots=256, **options).shares(pinned=250)
+        named = int(str(refused.value).split("give slots=")[1].split()[0])
+        Budget(slots=named, **options).shares(pinned=250)
+        with pytest.raises(BudgetError):
+            Budget(slots=named - 1, **options).shares(pinned=250)
 
 
 def test_a_budget_cannot_be_changed() -> None:

@@ -196,13 +196,20 @@ def test_bad_input_is_told_when_a_stream_is_asked_for(make_agent: MakeAgent) -> 
 
 
 def test_ctrl_c_in_mid_reply_undoes_the_turn(make_agent: MakeAgent, tmp_path: Path) -> None:
-    chat = make_agent(tmp_path / "s.db").session("x")
+    """A real SIGINT, when the reply has gone on for long enough to be compacted itself."""
+    told: list[Compaction] = []
+
+    def interrupt(event: Compaction) -> None:
+        told.append(event)
+        if event.tokens_start < 40 < event.tokens_end - 60:
+            signal.raise_signal(signal.SIGINT)
+
+    chat = make_agent(tmp_path / "s.db", on_compaction=interrupt).session("x")
     chat.send(PROSE)
     before, stats = next_logits(chat), chat.stats
-    threading.Timer(0.4, signal.raise_signal, [signal.SIGINT]).start()
     with pytest.raises(KeyboardInterrupt):
         chat.send("Go on for ever.", max_tokens=10**6)
-    assert chat.stats == stats and len(chat.history()) == 2
+    assert len(told) > 1 and chat.stats == stats and len(chat.history()) == 2
     assert torch.equal(next_logits(chat), before)
     assert chat.send("Again.").usage.reused_tokens == stats.logical_tokens
 

@@ -50,7 +50,7 @@ def raw_span() -> Callable[..., Span]:
 
 @pytest.fixture(scope="session")
 def compact_span() -> Callable[..., Span]:
-    """Tokens `[start, end)` in `slots` slots, one fewer in the last layer, with a bias."""
+    """`[start, end)` in `slots` slots, one fewer in the last layer; bias and salience."""
 
     def make(start: int, end: int, slots: int, seed: int = 0, rounds: int = 1) -> Span:
         layers = []
@@ -60,7 +60,7 @@ def compact_span() -> Callable[..., Span]:
             bias = _random(seed + 100 + layer, HEADS, n)
             bias[0, -1] = -torch.inf
             keys, values = _random(seed + layer, 2, HEADS, n, WIDTH)  # views of one storage
-            layers.append(Slots(keys, values, positions, bias))
+            layers.append(Slots(keys, values, positions, bias, _random(seed + 200, HEADS, n)))
         return Span(start, end, tuple(layers), None, rounds, "compactor's address")
 
     return make

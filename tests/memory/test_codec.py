@@ -32,10 +32,13 @@ def layers(draw: st.DrawFn) -> Slots:
         return raw.view(dtype).view(shape)
 
     dtype = draw(st.sampled_from(DTYPES))
-    bias = bits(torch.float32, heads, n) if draw(st.booleans()) else None
-    return Slots(
-        bits(dtype, heads, n, d), bits(dtype, heads, n, e), bits(torch.float32, heads, n), bias
+    bias, salience = (
+        bits(torch.float32, heads, n) if draw(st.booleans()) else None for _ in range(2)
     )
+    return Slots(
+        bits(dtype, heads, n, d), bits(dtype, heads, n, e), bits(torch.float32, heads, n),
+        bias, salience,
+    )  # fmt: skip
 
 
 def equal(a: Slots, b: Slots) -> bool:
@@ -57,9 +60,18 @@ def test_every_bit_comes_back(slots: Slots) -> None:
 @given(layers())
 @settings(max_examples=20, deadline=None)
 def test_the_bytes_are_a_safetensors_file(slots: Slots) -> None:
-    theirs = load(encode(slots))
-    bias = theirs.get("bias")
-    assert equal(Slots(theirs["keys"], theirs["values"], theirs["positions"], bias), slots)
+    assert equal(Slots(**load(encode(slots))), slots)
+
+
+def test_the_tensors_stand_in_the_documented_order() -> None:
+    one = torch.ones(1, 2)
+    slots = Slots(torch.ones(1, 2, 4), torch.ones(1, 2, 4), one, 2 * one, 3 * one)
+    data = encode(slots)
+    (length,) = struct.unpack_from("<Q", data)
+    header = json.loads(data[8 : 8 + length])
+    assert list(header) == ["keys", "values", "positions", "bias", "salience"]
+    assert header["salience"] == {"dtype": "F32", "shape": [1, 2], "data_offsets": [80, 88]}
+    assert data[-16:] == struct.pack("<4f", 2, 2, 3, 3)
 
 
 def test_views_of_one_storage_are_written_as_what_they_show() -> None:
@@ -85,8 +97,16 @@ def test_what_is_read_can_be_used_without_a_warning() -> None:
         Slots(torch.ones(1, 2, 4), torch.ones(1, 2, 4), torch.ones(1, 2).long()),
         Slots(torch.ones(1, 2, 4).int(), torch.ones(1, 2, 4), torch.ones(1, 2)),
         Slots(torch.ones(1, 2, 4), torch.ones(1, 2, 4), torch.ones(1, 2), torch.ones(2)),
+        Slots(torch.ones(1, 2, 4), torch.ones(1, 2, 4), torch.ones(1, 2), None, torch.ones(1, 3)),
     ],
-    ids=["lengths differ", "no heads", "integer positions", "integer keys", "flat bias"],
+    ids=[
+        "lengths differ",
+        "no heads",
+        "integer positions",
+        "integer keys",
+        "flat bias",
+        "long salience",
+    ],
 )
 def test_what_could_not_be_read_is_not_written(slots: Slots) -> None:
     with pytest.raises(InputError, match="cannot be stored"):
@@ -120,6 +140,14 @@ ATTACKS = {
     "JSON nested without end": file(b"[" * 4000),
     "no tensors": file({}),
     "a tensor too few": file({"keys": GOOD["keys"], "values": GOOD["values"]}),
+    "salience before bias": file(
+        {**GOOD, "salience": field("F32", [1, 2], 72, 80), "bias": field("F32", [1, 2], 80, 88)},
+        bytes(88),
+    ),
+    "half salience": file({**GOOD, "salience": field("F16", [1, 2], 72, 76)}, bytes(76)),
+    "salience of another length": file(
+        {**GOOD, "salience": field("F32", [1, 3], 72, 84)}, bytes(84)
+    ),
     "a tensor too many": file({**GOOD, "other": field("F32", [1], 72, 76)}, bytes(76)),
     "fields missing": file({**GOOD, "keys": {"dtype": "F32"}}),
     "a dtype that is none": file({**GOOD, "keys": field("PICKLE", [1, 2, 4], 0, 32)}),

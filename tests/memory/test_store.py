@@ -442,6 +442,21 @@ def test_a_file_that_is_not_sqlite_is_refused_and_left_alone(
     assert path.read_bytes() == content
 
 
+def test_a_name_that_sqlite_reads_otherwise_is_a_file_all_the_same(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    open_store: Opens,
+    model: ModelIdentity,
+    raw_span: Spans,
+    checkpoint_of: Checkpoints,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with open_store(Path(":memory:")) as store:
+        begin(store, "alice", model, checkpoint_of([raw_span(0, 3)]))
+    monkeypatch.chdir("/")
+    assert [s.name for s in open_store(tmp_path / ":memory:").sessions()] == ["alice"]
+
+
 def test_a_database_of_another_program_is_refused_and_left_alone(
     path: Path, open_store: Opens
 ) -> None:

@@ -7,6 +7,8 @@ import random
 import resource
 import signal
 import sqlite3
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -117,6 +119,25 @@ def test_of_two_processes_that_race_for_a_head_one_wins(
             assert new is not None and new.generation == head.generation + 1
             assert len(store.history("alice")) == new.generation
             head = new
+
+
+def test_opening_a_store_twice_keeps_its_locks(
+    open_store: Opens, path: Path, begin: Callable[[MemoryStore], Head], state: States
+) -> None:
+    """Else the next process to leave would delete the log under the first connection."""
+    store = open_store()
+    head = begin(store)
+    open_store().close()
+
+    def other(program: str) -> str:  # not a fork: that would bring the first connection along
+        opened = f"import sqlite3; c = sqlite3.connect({str(path)!r})"
+        call = [sys.executable, "-c", f"{opened}; {program}"]
+        return subprocess.run(call, check=True, capture_output=True, text=True).stdout.strip()
+
+    count = "print(c.execute('select count(*) from turns').fetchone()[0]); c.close()"
+    assert other(count) == "1"
+    advance(store, head, state)
+    assert other(count) == "2"
 
 
 def test_many_processes_may_make_one_store(

@@ -75,8 +75,11 @@ DAMAGE = {
     "a layer's last byte": "update span_layers set data ="
     " cast(substr(data, 1, length(data) - 1) || x'a5' as blob)"
     f" where span in {HER_SPANS} and layer = 1",
-    "a byte of keys": f"update span_layers set data = {FLIPPED.format('data', 300, 'a5')}"
+    "a byte of keys": f"update span_layers set data = {FLIPPED.format('data', 500, 'a5')}"
     f" where span in {HER_SPANS}",
+    "a byte of salience": "update span_layers set data ="
+    f" cast(substr(data, 1, length(data) - 8) || x'a5a5a5a5' || substr(data, -4) as blob)"
+    f" where layer = 0 and span in {HER_SPANS}",
     "an empty layer": f"update span_layers set data = x'' where span in {HER_SPANS}",
     "a layer's digest": "update span_layers set digest = "
     f"{FLIPPED.format('digest', 3, 'a5')} where span in {HER_SPANS}",

@@ -28,7 +28,7 @@ def source_of(seed: int):
             return [rng.randrange(300, 1000) for _ in range(n)]
 
         mask = [False] * 3 + [True] * 4 + [False] * 2 + [True] * 3
-        return pack([(ids(length), ids(12), mask) for _ in range(rows)], pad=0)
+        return pack([(ids(length), ids(12), mask) for _ in range(rows)])
 
     return source
 

@@ -55,6 +55,39 @@ class Cache:
         )  # fmt: skip
 
     @classmethod
+    def of(cls, span: Span) -> Cache:
+        """A span as a batch of one. Layers are padded to the longest with empty slots.
+
+        Raises InputError for a span whose keys are rotated.
+        """
+        if span.rotated_at is not None:
+            raise InputError(f"{span} is rotated: pass it through still_memory.rotation.free first")
+        longest = len(span)
+
+        def stack(name: str, missing: float, filler: float) -> Tensor:
+            rows = []
+            for slots in span.layers:
+                t = getattr(slots, name)
+                if t is None:
+                    t = torch.full(slots.positions.shape, missing, device=slots.keys.device)
+                room = longest - t.shape[1]
+                pad = (0, 0, 0, room) if t.dim() == 3 else (0, room)
+                rows.append(nn.functional.pad(t.float(), pad, value=filler))
+            return torch.stack(rows)[:, None]  # (L, 1, H, S, ...)
+
+        bias = stack("bias", 0.0, -torch.inf)
+        filled = (bias > -torch.inf).sum(-1, keepdim=True).clamp(min=1)
+        return cls(
+            stack("keys", 0.0, 0.0),
+            stack("values", 0.0, 0.0),
+            stack("positions", 0.0, span.end),
+            bias,
+            (span.tokens / filled).expand(bias.shape),
+            stack("salience", 0.0, -torch.inf),
+            torch.full(bias.shape, not span.raw, device=bias.device),
+        )
+
+    @classmethod
     def cat(cls, parts: Sequence[Cache]) -> Cache:
         return cls(*(torch.cat([getattr(p, f.name) for p in parts], dim=3) for f in fields(cls)))
 
@@ -194,7 +227,7 @@ class StillCompactor(nn.Module):
             raise InputError(
                 f"cannot compact {len(spans)} spans to {slots} slots: ask for one or more"
             )
-        cache = Cache.cat([_cache(span) for span in spans])
+        cache = Cache.cat([Cache.of(span) for span in spans])
         if cache.keys.shape[0] != self.config.layers or cache.keys.shape[2] != self.config.kv_heads:
             raise CompactorError(
                 "the spans are not of the model that this compactor was trained for"
@@ -265,29 +298,3 @@ class StillCompactor(nn.Module):
                 f"{folder / 'model.safetensors'} does not fit its config: {e}"
             ) from e
         return compactor.eval().requires_grad_(False)
-
-
-def _cache(span: Span) -> Cache:
-    """A span as a batch of one. Layers are padded to the longest with empty slots."""
-    if span.rotated_at is not None:
-        raise InputError(f"{span} is rotated: pass it through still_memory.rotation.free first")
-    longest = len(span)
-
-    def stack(name: str, missing: float, filler: float) -> Tensor:
-        rows = []
-        for slots in span.layers:
-            t = getattr(slots, name)
-            if t is None:
-                t = torch.full(slots.positions.shape, missing, device=slots.keys.device)
-            room = longest - t.shape[1]
-            pad = (0, 0, 0, room) if t.dim() == 3 else (0, room)
-            rows.append(nn.functional.pad(t.float(), pad, value=filler))
-        return torch.stack(rows)[:, None]  # (L, 1, H, S, ...)
-
-    bias = stack("bias", 0.0, -torch.inf)
-    filled = (bias > -torch.inf).sum(-1, keepdim=True).clamp(min=1)
-    return Cache(
-        stack("keys", 0.0, 0.0), stack("values", 0.0, 0.0), stack("positions", 0.0, span.end),
-        bias, (span.tokens / filled).expand(bias.shape), stack("salience", 0.0, -torch.inf),
-        torch.full(bias.shape, not span.raw, device=bias.device),
-    )  # fmt: skip
