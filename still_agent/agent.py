@@ -108,16 +108,15 @@ class Agent:
         """
         if system is not None:
             check_message(system, self._longest)
-        with self._lock:
-            for _ in range(2):  # again, if another process makes the session meanwhile
-                head = self.store.head(id)
-                if head is not None:
-                    return self._resume(head, system)
-                try:
-                    return self._begin(id, system)
-                except ConflictError:
-                    continue
-            raise ConflictError(f"session {id!r} is being made and deleted elsewhere; try again")
+        for _ in range(2):  # again, if another process makes the session meanwhile
+            head = self.store.head(id)
+            if head is not None:
+                return self._resume(head, system)
+            try:
+                return self._begin(id, system)
+            except ConflictError:
+                continue
+        raise ConflictError(f"session {id!r} is being made and deleted elsewhere; try again")
 
     def sessions(self) -> list[SessionInfo]:
         """What the store holds, newest first."""
@@ -125,18 +124,20 @@ class Agent:
 
     def delete(self, id: str) -> None:
         """Forget a conversation: its text and its memory. UnknownSessionError if not there."""
+        self.store.delete(id)
         with self._lock:
-            self.store.delete(id)
-            if (session := self._sessions.pop(id, None)) is not None:
-                session.close()
+            session = self._sessions.pop(id, None)
+        if session is not None:
+            session.close()
 
     def close(self) -> None:
         """Close the sessions and the store; what was saved stays."""
         with self._lock:
-            for session in list(self._sessions.values()):
-                session.close()
+            sessions = list(self._sessions.values())
             self._sessions.clear()
-            self.store.close()
+        for session in sessions:
+            session.close()
+        self.store.close()
 
     def __enter__(self) -> Self:
         return self
@@ -159,9 +160,8 @@ class Agent:
                 f"{what} was begun with another system prompt, which is pinned: leave `system` "
                 "out to resume it, or choose another session id"
             )
-        open_here = self._sessions.get(head.session)
-        if open_here is not None and not open_here.closed:
-            open_here.refresh()
+        if (open_here := self._open_here(head.session)) is not None:
+            open_here.refresh()  # waits for its turn, so the agent's lock must not be held
             return open_here
         state = self._state()
         saved = self.store.load(head, device=self.model.device)
@@ -194,5 +194,13 @@ class Agent:
             sampling=self.sampling,
             longest_message=self._longest,
         )
-        self._sessions[head.session] = session
+        with self._lock:
+            if (first := self._open_here(head.session)) is not None:
+                return first  # another thread has opened it meanwhile
+            self._sessions[head.session] = session
         return session
+
+    def _open_here(self, id: str) -> Session | None:
+        with self._lock:
+            session = self._sessions.get(id)
+        return None if session is None or session.closed else session

@@ -3,35 +3,19 @@
 from __future__ import annotations
 
 import re
-import shutil
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import REFERENCE, TOKENIZER_FILES, tiny_model
-
 ROOT = Path(__file__).parent.parent
-WEIGHTS = ROOT / "still_agent" / "reference" / "model" / "model.safetensors"
 
 
 def blocks(page: str, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text("utf-8"), re.DOTALL)
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model with a window that holds the examples' 1,024 slots."""
-    folder = tmp_path_factory.mktemp("tiny-wide")
-    tiny_model(max_position_embeddings=2048).save_pretrained(folder)
-    for name in TOKENIZER_FILES:
-        shutil.copy(REFERENCE / name, folder / name)
-    return folder
-
-
-def run(code: str, model: Path, capsys: pytest.CaptureFixture[str]) -> str:
-    """The code's output; a checkout without the reference weights runs it on a tiny model."""
-    if not WEIGHTS.exists():
-        code = code.replace('load("reference"', f'load({str(model)!r}, compactor="streaming"')
+def run(code: str, capsys: pytest.CaptureFixture[str]) -> str:
+    """The code's output."""
     exec(code, {"__name__": "__main__"})
     return capsys.readouterr().out
 
@@ -45,14 +29,13 @@ def test_the_readme_has_one_example_of_about_ten_lines() -> None:
 def test_the_first_example_of_a_page_runs_and_resumes(
     page: str,
     tmp_path: Path,
-    model: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     example = blocks(page, "python")[0]
     for reused in (False, True):
-        out = run(example, model, capsys)
+        out = run(example, capsys)
         assert "reused_tokens=" in out
         assert (tmp_path / "memory.db").exists()
         turns = int(re.findall(r"turns=(\d+)", out)[-1])
@@ -63,13 +46,12 @@ def test_the_first_example_of_a_page_runs_and_resumes(
 def test_examples_run_and_leave_nothing_behind(
     name: str,
     tmp_path: Path,
-    model: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     code = (ROOT / "examples" / f"{name}.py").read_text("utf-8")
-    out = run(code, model, capsys)
+    out = run(code, capsys)
     assert "tokens" in out
     assert not list(tmp_path.iterdir())
 

@@ -11,6 +11,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
 from still_agent.evaluation.dialogues import Prose
 from still_agent.models.loading import load_model
@@ -82,8 +83,7 @@ def main() -> None:
         trainer.resume()
         rng.seed(args.seed + 1 + trainer.step)
     elif args.init:
-        weights = StillCompactor.load(args.init, StillCompactor.trained_for(args.init))
-        still.load_state_dict(weights.state_dict())
+        still.load_state_dict(load_file(args.init / "model.safetensors"))
     else:
         trainer.calibrate()
     check = random.Random(4242)

@@ -53,7 +53,7 @@ def chat(
     max_tokens: Annotated[int, typer.Option(help="The longest reply.")] = 256,
 ) -> None:
     """Talk to a model in a session that is saved after every turn."""
-    from still_memory.errors import StillError
+    from still_memory.errors import ConflictError, StillError
 
     console = Console(highlight=False)
     with console.status("loading"):
@@ -75,6 +75,10 @@ def chat(
         for line in _lines(console):
             try:
                 _obey(console, talk, line, slots)
+            except ConflictError:
+                agent.session(session)  # what the other writer left
+                console.print("another process has written this session: it is loaded anew, "
+                              "and what you said is undone; say it again", style="red")  # fmt: skip
             except StillError as error:
                 console.print(f"error: {error}", style="red", markup=False)
             except KeyboardInterrupt:

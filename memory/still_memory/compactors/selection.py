@@ -48,25 +48,22 @@ class Selection(ABC):
         if slots.bias is not None:  # an empty slot goes first
             scores = scores.masked_fill(slots.bias == -torch.inf, -torch.inf)
         kept = scores.topk(count, dim=1).indices.sort(dim=1).values  # (H_kv, count)
-        wide = kept[:, :, None].expand(-1, -1, slots.keys.shape[-1])
-        return Slots(
-            slots.keys.gather(1, wide),
-            slots.values.gather(1, wide),
-            slots.positions.gather(1, kept),
-            None if slots.bias is None else slots.bias.gather(1, kept),
-        )
+        row = torch.arange(len(kept), device=kept.device)[:, None]
+        return Slots(**{name: tensor[row, kept] for name, tensor in slots.tensors().items()})
 
 
 def join(parts: Sequence[Slots]) -> Slots:
     """One layer's slots of contiguous spans, end to end."""
-    biases = None
-    if any(p.bias is not None for p in parts):
-        biases = torch.cat(
-            [torch.zeros_like(p.positions) if p.bias is None else p.bias for p in parts], dim=1
+    optional = {
+        name: torch.cat(
+            [p.tensors().get(name, torch.zeros_like(p.positions)) for p in parts], dim=1
         )
+        for name in ("bias", "salience")
+        if any(name in p.tensors() for p in parts)
+    }
     return Slots(
         torch.cat([p.keys for p in parts], dim=1),
         torch.cat([p.values for p in parts], dim=1),
         torch.cat([p.positions for p in parts], dim=1),
-        biases,
+        **optional,
     )

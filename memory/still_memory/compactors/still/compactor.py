@@ -230,7 +230,9 @@ class StillCompactor(nn.Module):
         cache = Cache.cat([Cache.of(span) for span in spans])
         if cache.keys.shape[0] != self.config.layers or cache.keys.shape[2] != self.config.kv_heads:
             raise CompactorError(
-                "the spans are not of the model that this compactor was trained for"
+                f"these spans have {cache.keys.shape[0]} layers of {cache.keys.shape[2]} KV heads, "
+                f"and this compactor takes {self.config.layers} of {self.config.kv_heads}: use it "
+                f"with the model it was trained for, {self.model.name!r}"
             )
         dtype = spans[0].layers[0].values.dtype
         if slots < cache.slots:
@@ -258,7 +260,7 @@ class StillCompactor(nn.Module):
     # -- on disk ------------------------------------------------------------------------------
 
     def save(self, folder: str | Path) -> None:
-        """Write the folder; weights in bf16 where that is exact, else as they are."""
+        """Write the folder."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         about = {"still": self.config.model_dump(), "model": self.model.model_dump()}
@@ -284,7 +286,9 @@ class StillCompactor(nn.Module):
                 "training wrote."
             ) from e
         except (ValueError, KeyError, TypeError) as e:
-            raise CompactorError(f"{folder / 'config.json'} is damaged: {e}") from e
+            raise CompactorError(
+                f"{folder / 'config.json'} is damaged ({e}): copy the folder anew, or train again"
+            ) from e
         model.require(
             trained_for,
             f"the compactor in {folder}",
@@ -295,6 +299,7 @@ class StillCompactor(nn.Module):
             compactor.load_state_dict(load_file(folder / "model.safetensors"))
         except (OSError, SafetensorError, RuntimeError) as e:
             raise CompactorError(
-                f"{folder / 'model.safetensors'} does not fit its config: {e}"
+                f"{folder / 'model.safetensors'} does not fit its config ({e}): copy the folder "
+                "anew, or train again"
             ) from e
         return compactor.eval().requires_grad_(False)
