@@ -37,6 +37,10 @@ def test_nothing_called_memory_or_integrations_is_installed(wheel: zipfile.ZipFi
         "still_agent/reference/books/wizard_of_oz.txt",
         "still_agent/reference/model/tokenizer.tiktoken",
         "still_agent/reference/model/tiktoken_config.json",
+        "still_agent/reference/model/config.json",
+        "still_agent/reference/model/model.safetensors",
+        "still_agent/reference/still/config.json",
+        "still_agent/reference/still/model.safetensors",
     ],
 )
 def test_package_data_is_in_the_wheel(wheel: zipfile.ZipFile, path: str) -> None:

@@ -34,7 +34,7 @@ def main() -> None:
     p.add_argument("--every", type=int, default=20)
     p.add_argument("--save-every", type=int, default=100)
     p.add_argument("--density", type=float, nargs=2, default=(0.5, 3.0))
-    p.add_argument("--shared", action="store_true", help="one choice of tokens for all heads")
+    p.add_argument("--per-head", action="store_true", help="each head places its own latents")
     p.add_argument("--even", action="store_true", help="the paper's placement")
     p.add_argument("--unsettled", action="store_true", help="write old slots anew at each round")
     p.add_argument("--feed-forward", type=int, default=2)
@@ -65,7 +65,7 @@ def main() -> None:
         head_dim=frozen.head_dim,
         beta=True,
         placement="even" if args.even else "salient",
-        per_head=not args.shared,
+        per_head=args.per_head,
         settled=not args.unsettled,
         feed_forward=args.feed_forward,
         neighbourhood=args.neighbourhood,

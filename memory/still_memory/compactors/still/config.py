@@ -34,8 +34,10 @@ class StillConfig(BaseModel):
     """Where latents stand. `even`: spread evenly over the tokens, as in the paper. `salient`:
     at the tokens that a small scorer, taught by the teacher's attention, thinks worth most."""
 
-    per_head: bool = True
-    """`salient` only: each layer and KV head places its own latents (else all share one choice)."""
+    per_head: bool = False
+    """`salient` only: each layer and KV head places its own latents. By default all share one
+    choice, by the mean of the scorer's logits: over hundreds of rounds a head's own score lets
+    prose crowd out what other heads still need (docs/results.md)."""
 
     settled: bool = True
     """`salient` only: a latent that stands at an already compact slot copies it. A slot is then
