@@ -166,7 +166,12 @@ class Agent:
         state = self._state()
         saved = self.store.load(head, device=self.model.device)
         state.restore(saved)
-        return self._opened(state, head)
+        opened = self._opened(state, head)
+        with self._lock:
+            if (first := self._open_here(head.session)) is not None:
+                return first  # another thread has opened it meanwhile
+            self._sessions[head.session] = opened
+        return opened
 
     def _begin(self, id: str, system: str | None) -> Session:
         tokenizer, state = self.model.tokenizer, self._state()
@@ -180,13 +185,16 @@ class Agent:
             turns=turns,
             settings={"system": system},
         )
-        return self._opened(state, head)
+        begun = self._opened(state, head)
+        with self._lock:  # in place of one that was deleted elsewhere
+            self._sessions[head.session] = begun
+        return begun
 
     def _state(self) -> RollingState:
         return RollingState(self.model, self.compactor, self.budget, self._on_compaction)
 
     def _opened(self, state: RollingState, head: Head) -> Session:
-        session = Session(
+        return Session(
             state,
             self.store,
             head,
@@ -194,11 +202,6 @@ class Agent:
             sampling=self.sampling,
             longest_message=self._longest,
         )
-        with self._lock:
-            if (first := self._open_here(head.session)) is not None:
-                return first  # another thread has opened it meanwhile
-            self._sessions[head.session] = session
-        return session
 
     def _open_here(self, id: str) -> Session | None:
         with self._lock:
