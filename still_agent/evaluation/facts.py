@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -381,7 +382,7 @@ def cities(split: Split) -> tuple[str, ...]:
     return tuple(c for c in CITIES if side(c) == split)
 
 
-def _until(split: Split, draw) -> str:
+def _until(split: Split, draw: Callable[[], str]) -> str:
     while side(text := draw()) != split:
         pass
     return text
