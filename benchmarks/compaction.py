@@ -48,7 +48,7 @@ def prefill_flops(c: Qwen3Config, tokens: int) -> float:
 
 def compaction_flops(c: StillConfig, tokens: int, slots: int) -> float:
     width = 2 * c.head_dim
-    cross = tokens * 2 * width**2 + slots * 2 * width**2 + 2 * tokens * slots * width
+    cross = tokens * width**2 + slots * 3 * width**2 + 2 * tokens * slots * width
     among = slots * 4 * width**2 + 2 * slots**2 * width
     feed = slots * 2 * c.feed_forward * width**2
     heads = slots * width**2

@@ -28,7 +28,7 @@ from still_agent.training.exams import Exams, all_right
 from still_agent.training.student import answer_logits
 from still_agent.training.teacher import teach
 from still_memory.compactors.base import Compactor
-from still_memory.compactors.still import Cache
+from still_memory.compactors.still.compactor import PER_SLOT, Cache
 from still_memory.span import Slots, Span
 
 METHODS = ("still", "streaming", "knorm")
@@ -38,7 +38,7 @@ DENSITIES = {"1 fact in 100 tokens": 1.0, "1 fact in 40 tokens": 2.5}
 def spans_of(cache: Cache) -> list[Span]:
     """Each row of a raw cache as a span."""
     rows = []
-    for b in range(cache.keys.shape[1]):
+    for b in range(cache.bias.shape[1]):
         layers = tuple(
             Slots(k[b], v[b], p[b])
             for k, v, p in zip(cache.keys, cache.values, cache.positions, strict=True)
@@ -49,8 +49,12 @@ def spans_of(cache: Cache) -> list[Span]:
 
 def stacked(spans: list[Span]) -> Cache:
     rows = [Cache.of(span) for span in spans]
-    names = Cache.__dataclass_fields__
-    return Cache(*(torch.cat([getattr(r, n) for r in rows], dim=1) for n in names))
+    keys, values = (
+        [torch.cat(layer) for layer in zip(*(getattr(r, name) for r in rows), strict=True)]
+        for name in ("keys", "values")
+    )
+    per_slot = (torch.cat([getattr(r, n) for r in rows], dim=1) for n in PER_SLOT)
+    return Cache(keys, values, *per_slot)
 
 
 @torch.no_grad()

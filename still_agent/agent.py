@@ -48,7 +48,7 @@ class Agent:
         self._on_compaction = on_compaction
         self._longest = longest_message
         # One live object a session: two would race for its head within one process.
-        self._sessions: WeakValueDictionary[str, Session] = WeakValueDictionary()
+        self._sessions: WeakValueDictionary[int, Session] = WeakValueDictionary()
         self._lock = threading.RLock()
 
     @classmethod
@@ -124,9 +124,10 @@ class Agent:
 
     def delete(self, id: str) -> None:
         """Forget a conversation: its text and its memory. UnknownSessionError if not there."""
+        head = self.store.head(id)
         self.store.delete(id)
         with self._lock:
-            session = self._sessions.pop(id, None)
+            session = None if head is None else self._sessions.pop(head.session_id, None)
         if session is not None:
             session.close()
 
@@ -160,18 +161,12 @@ class Agent:
                 f"{what} was begun with another system prompt, which is pinned: leave `system` "
                 "out to resume it, or choose another session id"
             )
-        if (open_here := self._open_here(head.session)) is not None:
+        if (open_here := self._open_here(head)) is not None:
             open_here.refresh()  # waits for its turn, so the agent's lock must not be held
             return open_here
         state = self._state()
-        saved = self.store.load(head, device=self.model.device)
-        state.restore(saved)
-        opened = self._opened(state, head)
-        with self._lock:
-            if (first := self._open_here(head.session)) is not None:
-                return first  # another thread has opened it meanwhile
-            self._sessions[head.session] = opened
-        return opened
+        state.restore(self.store.load(head, device=self.model.device))
+        return self._opened(state, head)
 
     def _begin(self, id: str, system: str | None) -> Session:
         tokenizer, state = self.model.tokenizer, self._state()
@@ -185,16 +180,14 @@ class Agent:
             turns=turns,
             settings={"system": system},
         )
-        begun = self._opened(state, head)
-        with self._lock:  # in place of one that was deleted elsewhere
-            self._sessions[head.session] = begun
-        return begun
+        return self._opened(state, head)
 
     def _state(self) -> RollingState:
         return RollingState(self.model, self.compactor, self.budget, self._on_compaction)
 
     def _opened(self, state: RollingState, head: Head) -> Session:
-        return Session(
+        """One object for one session, also when several threads open it at once."""
+        session = Session(
             state,
             self.store,
             head,
@@ -202,8 +195,13 @@ class Agent:
             sampling=self.sampling,
             longest_message=self._longest,
         )
-
-    def _open_here(self, id: str) -> Session | None:
         with self._lock:
-            session = self._sessions.get(id)
+            first = self._sessions.setdefault(head.session_id, session)
+            if first.closed:
+                first = self._sessions[head.session_id] = session
+        return first
+
+    def _open_here(self, head: Head) -> Session | None:
+        with self._lock:
+            session = self._sessions.get(head.session_id)
         return None if session is None or session.closed else session

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -85,6 +86,29 @@ def test_a_mistake_in_a_chat_costs_a_line_and_not_the_session(
     assert done.exit_code == 0, done.output
     assert done.stdout.count("error:") == 2
     assert re.search(r"\d+ of 128 slots", done.stdout)
+
+
+def test_ctrl_c_in_mid_reply_undoes_the_turn_and_the_chat_goes_on(
+    tmp_path: Path, tiny_folder: Path
+) -> None:
+    at = ["--model", str(tiny_folder), "--store", str(tmp_path / "s.db"), "--max-tokens", "100000"]
+    talk = subprocess.Popen(
+        [sys.executable, "-u", "-m", "still_agent", "chat", *at, *TINY_SLOTS],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": PATHS},
+    )  # fmt: skip
+    with talk:
+        assert talk.stdin is not None and talk.stdout is not None
+        talk.stdin.write("hello\n")
+        talk.stdin.flush()
+        for line in talk.stdout:
+            if "compacted" in line:  # far into a reply that would have no end
+                talk.send_signal(signal.SIGINT)
+                break
+        said, _ = talk.communicate("/stats\n/quit\n", timeout=60)
+    assert talk.returncode == 0
+    assert "stopped: the turn is undone" in said
+    assert re.search(r"\bturns 0$", said, re.MULTILINE), said
 
 
 def test_bytes_that_are_no_utf8_cost_their_line(tmp_path: Path, tiny_folder: Path) -> None:

@@ -23,6 +23,7 @@ from still_agent.evaluation import facts
 from still_agent.evaluation.dialogues import Prose, Question, dialogue, multi_query_question
 from still_agent.evaluation.exam import Exam
 from still_agent.evaluation.facts import Fact
+from still_agent.evaluation.phrasings import PERSON, RELATIVE, Family
 from still_agent.evaluation.trajectory import Answer, book
 
 Facts = Callable[[random.Random], list[Fact]]
@@ -34,7 +35,7 @@ def needles(count: int, kind: str | None = None, values: int = 1) -> Facts:
     ]
 
 
-def only(family: facts.Family, count: int, **how: float) -> Facts:
+def only(family: Family, count: int, **how: float) -> Facts:
     def draw(rng: random.Random) -> list[Fact]:
         drawn = facts.facts(rng, "held_out", count * 4, multi=0.0, **how)
         return [f for f in drawn if f.family is family][:count]
@@ -49,14 +50,12 @@ TASKS: dict[str, Facts] = {
     "needle, multi-key, word (16 keys)": needles(16, "word"),
     "needle, multi-value (4 values)": needles(1, None, values=4),
     "needle, multi-query (4 keys)": needles(4, "number"),
-    "chat, attributes of people (16)": only(facts.PERSON, 16, corrected=0.0),
-    "chat, relatives (8)": only(facts.RELATIVE, 8, corrected=0.0),
+    "chat, attributes of people (16)": only(PERSON, 16, corrected=0.0),
+    "chat, relatives (8)": only(RELATIVE, 8, corrected=0.0),
     "chat, corrected facts (8)": lambda rng: facts.facts(
         rng, "held_out", 8, corrected=1.0, multi=0.0
     ),
-    "chat, several attributes of one name (16)": only(
-        facts.PERSON, 16, corrected=0.0, shared_names=0.7
-    ),
+    "chat, several attributes of one name (16)": only(PERSON, 16, corrected=0.0, shared_names=0.7),
 }
 
 

@@ -1,6 +1,9 @@
 """Train the reference model's language model from scratch.
 
-    python examples/reference_model/train_base.py --books BOOKS --out DIR [--resume]
+    torchrun --nproc-per-node 2 examples/reference_model/train_base.py --books BOOKS --out DIR
+
+One process a core (`--threads 1`) is faster than one process with several threads; a single
+one needs no torchrun.
 
 A curriculum of context lengths; a stage ends when held-out recall passes `advance` or its
 share of the time is spent. The loss is cross-entropy on answers plus `prose_weight` times
@@ -21,15 +24,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from still_agent.evaluation import facts
 from still_agent.evaluation.dialogues import Prose, dialogue, render
-from still_agent.evaluation.facts import Split
+from still_agent.evaluation.phrasings import Split
 from still_agent.models.tokenizers import TiktokenTokenizer
-from structured_init import structured_init
+from structured_init import prefer_recent, structured_init
 from train_tokenizer import HELD_OUT_BOOKS
 
 VOCABULARY = 4096
@@ -95,9 +99,9 @@ def batch(
     ids = torch.zeros(rows, stage.length, dtype=torch.long)
     answers = torch.zeros(rows, stage.length, dtype=torch.bool)
     real = torch.zeros(rows, stage.length, dtype=torch.bool)
-    shared = 0.15 if split == "train" else 0.0
+    hard = {"corrected": 0.5, "multi": 0.1, "shared_names": 0.2} if split == "train" else {}
     for b in range(rows):
-        told = facts.facts(rng, split, rng.randint(stage.fewest, stage.most), shared_names=shared)
+        told = facts.facts(rng, split, rng.randint(stage.fewest, stage.most), **hard)
         asked = min(len(told), MOST_QUESTIONS)
         room = stage.length - asked * QUESTION_TOKENS - 30
         tokens = 0 if rng.random() < stage.dense else max(room, 0)
@@ -136,6 +140,19 @@ def exact(
     return right / max(total, 1)
 
 
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def agreed(figure: float) -> float:
+    """The first process's figure, so that all take the same turns."""
+    if not dist.is_initialized():
+        return figure
+    told = torch.tensor(figure, dtype=torch.float64)
+    dist.broadcast(told, 0)
+    return float(told)
+
+
 class Run:
     """A model in training, with what it takes to stop and go on."""
 
@@ -148,6 +165,11 @@ class Run:
         self.model = build(args) if args.init is None else Qwen3ForCausalLM.from_pretrained(
             args.init, dtype=torch.float32
         )  # fmt: skip
+        if args.prefer_recent:
+            sample = random.Random(args.seed)
+            stage = Stage(384, 3, 9, 8, 0.0, 0.5)
+            ids, _, _ = batch(sample, "train", self.train, self.tokenizer, stage, stage.rows)
+            prefer_recent(self.model, ids)
         self.optimizers = make_optimizers(self.model, args.lr)
         self.stages = [Stage.parse(text) for text in args.stages.split(";")]
         self.stage = self.step = self.seen = 0
@@ -169,21 +191,23 @@ class Run:
             body = torch.compile(body, dynamic=False)
         while self.stage < len(self.stages):
             stage = self.stages[self.stage]
-            rng = random.Random(f"{self.args.seed} {self.stage} {self.step}")
+            rng = random.Random(f"{self.args.seed} {self.stage} {self.step} {rank()}")
             losses: list[tuple[float, float]] = []
             clock, before = time.time(), self.spent
             began = self.here
             score = 0.0
             while self.here < stage.minutes and score < self.args.advance:
                 losses.append(self.learn(body, rng, stage))
-                minutes = (time.time() - clock) / 60
+                minutes = agreed((time.time() - clock) / 60)
                 self.spent, self.here = before + minutes, began + minutes
                 if self.step % self.args.every == 0:
-                    score = exact(self.model, self.held_out, self.tokenizer, stage, 16)
-                    self.report(stage, losses, score)
+                    score = agreed(exact(self.model, self.held_out, self.tokenizer, stage, 16))
+                    if rank() == 0:
+                        self.report(stage, losses, score)
                     losses.clear()
             self.stage, self.here = self.stage + 1, 0.0
-        self.save()
+        if rank() == 0:
+            self.save()
 
     def learn(self, body: Any, rng: random.Random, stage: Stage) -> tuple[float, float]:
         for optimizer in self.optimizers:
@@ -198,12 +222,16 @@ class Run:
             on_answer = F.cross_entropy(F.linear(hidden[answer], head).float(), target[answer])
             on_prose = F.cross_entropy(F.linear(hidden[other], head).float(), target[other])
         (on_answer + self.args.prose_weight * on_prose).backward()
+        if dist.is_initialized():
+            for q in self.model.parameters():
+                dist.all_reduce(q.grad, dist.ReduceOp.SUM)
+                q.grad /= dist.get_world_size()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()
         self.step += 1
-        self.seen += int(real.sum())
+        self.seen += int(real.sum()) * (dist.get_world_size() if dist.is_initialized() else 1)
         return on_answer.item(), on_prose.item()
 
     def report(self, stage: Stage, losses: list[tuple[float, float]], score: float) -> None:
@@ -244,6 +272,7 @@ def main() -> None:
     p.add_argument("--out", type=Path, required=True)
     p.add_argument("--resume", action="store_true")
     p.add_argument("--init", type=Path, help="start from this folder's weights")
+    p.add_argument("--prefer-recent", action="store_true", help="see structured_init.py")
     p.add_argument("--compile", action="store_true")
     integers = {
         "d": 256, "ff": 512, "layers": 4, "heads": 6, "kv_heads": 2, "head_dim": 64,
@@ -261,6 +290,8 @@ def main() -> None:
         help="length,fewest facts,most facts,rows,minutes,share without prose; ...",
     )
     args = p.parse_args()
+    if "RANK" in os.environ:  # started by torchrun
+        dist.init_process_group("gloo")
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     run = Run(args)

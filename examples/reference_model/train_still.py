@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from still_agent.evaluation.dialogues import Prose
 from still_agent.models.loading import load_model
@@ -34,6 +35,7 @@ def main() -> None:
     p.add_argument("--every", type=int, default=20)
     p.add_argument("--save-every", type=int, default=100)
     p.add_argument("--density", type=float, nargs=2, default=(0.5, 3.0))
+    p.add_argument("--scorer-density", type=float, nargs=2, default=(0.2, 4.0))
     p.add_argument("--per-head", action="store_true", help="each head places its own latents")
     p.add_argument("--even", action="store_true", help="the paper's placement")
     p.add_argument("--unsettled", action="store_true", help="write old slots anew at each round")
@@ -41,13 +43,16 @@ def main() -> None:
     p.add_argument("--neighbourhood", type=float, default=0.1)
     for f in fields(Recipe):
         kind = type(f.default)
-        if kind is tuple:
+        if kind is bool:
+            p.add_argument("--" + f.name, action="store_true")
+        elif kind is tuple:
             p.add_argument("--" + f.name.replace("_", "-"), type=int, nargs="+", default=f.default)
         else:
             p.add_argument("--" + f.name.replace("_", "-"), type=kind, default=f.default)
     args = p.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
+    torch.set_flush_denormal(True)  # shut gates make many, and they are slow
     frozen = load_model(str(args.model))
     paths = sorted(args.books.glob("*.txt"))
     train = Prose.of(*(b for b in paths if b.stem not in HELD_OUT_BOOKS))
@@ -58,6 +63,19 @@ def main() -> None:
         return dialogue_exams(
             rng, "train", train, frozen.tokenizer, rows, length, tuple(args.density)
         )
+
+    def telling(rows: int, length: int) -> Exams:
+        return dialogue_exams(
+            rng, "train", train, frozen.tokenizer, rows, length, tuple(args.scorer_density)
+        )
+
+    def background(rows: int, length: int) -> Tensor:
+        """Prose alone, as it is read."""
+        found = []
+        for _ in range(rows):
+            text = " ".join(train.passage(rng, 5 * length))
+            found.append(frozen.tokenizer.message("user", text)[:length])
+        return torch.tensor(found)
 
     config = StillConfig(
         layers=frozen.layers,
@@ -78,7 +96,7 @@ def main() -> None:
             for f in fields(Recipe)
         }
     )
-    trainer = Trainer(frozen, still, source, recipe, args.out)
+    trainer = Trainer(frozen, still, source, recipe, args.out, telling, background)
     if args.resume:
         trainer.resume()
         rng.seed(args.seed + 1 + trainer.step)

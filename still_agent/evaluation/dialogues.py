@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from still_agent.evaluation import facts as fact_forms
-from still_agent.evaluation.facts import MULTI_QUERY_QUESTIONS, NEEDLE, Fact, Split
+from still_agent.evaluation.facts import Fact, say
+from still_agent.evaluation.phrasings import MULTI_QUERY_QUESTIONS, NEEDLE, Split
 
 if TYPE_CHECKING:
     from still_agent.models.tokenizers import Tokenizer
@@ -118,8 +118,7 @@ def multi_query_question(rng: random.Random, split: Split, alike: Sequence[Fact]
     """RULER's multi-query needle: several keys in one question."""
     group = rng.sample(list(alike), min(len(alike), rng.randint(2, 4)))
     keys = ", ".join(f.subject for f in group[:-1]) + " and " + group[-1].subject
-    form = rng.choice(MULTI_QUERY_QUESTIONS[split])
-    text = fact_forms.ask(rng, split, form.format(a=group[0].attribute, s=keys))
+    text = say(rng, split, MULTI_QUERY_QUESTIONS, s=keys, a=group[0].attribute)
     pairs = ", ".join(f"{f.subject} is {f.current[0]}" for f in group)
     answer = f"The special magic {group[0].attribute}s: {pairs}."
     return Question(text, answer, tuple(f.current[0] for f in group))

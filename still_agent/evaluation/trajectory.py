@@ -4,8 +4,8 @@ The book is read page by page, in its own order. Facts are told amid it, half of
 a page and half in a message of their own, at places spread evenly over the whole length; a
 correction always comes after what it corrects. Besides the facts that will be asked there
 are decoys: facts of the same form that never are, so that what to keep cannot be guessed from
-the form. The book and the `held_out` side of `facts.py` (words, names, numbers, phrasings)
-were seen by neither the reference model nor its compactor.
+the form. The book and the `held_out` side of facts (words, names, numbers, phrasings) were
+seen by neither the reference model nor its compactor.
 
 Everything follows from a `Script`, so two processes that share one read the same words.
 """

@@ -49,6 +49,8 @@ def still_attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
         return out, None
+    if bias.requires_grad:
+        return _folded(module, query, key, value, attention_mask, bias, dropout, scaling), None
     return _biased(query, key, value, attention_mask, bias, dropout, scaling), None
 
 
@@ -94,6 +96,31 @@ def _biased(
         query, key, value, attn_mask=logits, dropout_p=dropout, scale=scaling
     )
     return out.reshape(batch, heads, n, d).transpose(1, 2).contiguous()
+
+
+def _folded(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    bias: Tensor,
+    dropout: float,
+    scaling: float | None,
+) -> Tensor:
+    """The bias as one more dimension of the keys: fused kernels give no gradient to a mask."""
+    n, d = query.shape[2:]
+    scaling = d**-0.5 if scaling is None else scaling
+    bias = bias.to(query.dtype).clamp(min=-1e4) / scaling
+    key = torch.cat([key, bias[..., None]], dim=-1)
+    query, value = functional.pad(query, (0, 1), value=1.0), functional.pad(value, (0, 1))
+    if mask is None:
+        mask = torch.ones(1, 1, n, key.shape[2], dtype=torch.bool, device=query.device)
+        mask = mask.tril(key.shape[2] - n)
+    out, _ = sdpa_attention_forward(
+        module, query, key, value, mask, dropout=dropout, scaling=scaling
+    )
+    return out[..., :d]
 
 
 def _masked(logits: Tensor, mask: Tensor, lowest: float) -> Tensor:

@@ -6,11 +6,11 @@ import random
 
 from still_agent.evaluation import facts
 from still_agent.evaluation.dialogues import Prose, Question, dialogue, render
-from still_agent.evaluation.facts import Split
+from still_agent.evaluation.phrasings import Split
 from still_agent.models.tokenizers import Tokenizer
 from still_agent.training.exams import Exams, pack
 
-QUESTIONS = 14  # most questions that one exam asks
+QUESTIONS = 20  # most questions that one exam asks
 
 
 def dialogue_exams(

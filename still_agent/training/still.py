@@ -4,8 +4,8 @@ The teacher answers with the whole cache, the student with the compact one; the 
 forward KL divergence on answer tokens, over the teacher's `top_k` likeliest tokens and the
 gold one, renormalised. Ratios, context lengths, numbers of rounds and raw tails are drawn
 anew at each step, so that one compactor serves all of them and learns to read its own output.
-A scorer, if the compactor has one, is taught beside it: binary cross-entropy against the most
-attention that the teacher's exam queries paid each token.
+A scorer, if the compactor has one, is taught first, through gates (`gates.py`); the Perceivers
+then learn to write at the tokens that it chooses.
 
 Writes `log.jsonl`, the compactor's folder, and `state.pt` to resume from.
 """
@@ -23,16 +23,18 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from still_agent.models.frozen import FrozenModel
 from still_agent.training.exams import Exams, Source, all_right
+from still_agent.training.gates import gated_logits
 from still_agent.training.student import answer_logits, compact_in_rounds
-from still_agent.training.teacher import Lesson, teach
-from still_memory.compactors.still import StillCompactor
+from still_agent.training.teacher import Lesson, exactly, prefill, teach
+from still_memory.compactors.still import Cache, StillCompactor
 
 Row = dict[str, float]  # of the log
-AVERAGED = {"kl", "hit", "norm", "teacher", "scorer"}
+Background = Callable[[int, int], Tensor]
+AVERAGED = {"kl", "hit", "norm", "teacher", "open"}
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,11 @@ class Recipe:
     weight_decay: float = 0.01
     clip: float = 1.0
     top_k: int = 200
-    scorer_weight: float = 4.0
+    scorer_steps: int = 0  # of `steps`, the first ones
+    scorer_rate: float = 2e-3
+    scorer_lengths: tuple[int, ...] = (1024, 2048)
+    price: float = 0.1  # of a token kept, in nats
+    half: bool = False  # the frozen model computes in bf16 while it teaches
     seed: int = 0
 
 
@@ -66,29 +72,40 @@ def divergence(teacher: Tensor, student: Tensor, gold: Tensor, top_k: int) -> Te
     return F.kl_div(given, wanted, log_target=True, reduction="sum") / max(len(gold), 1)
 
 
+def _adamw(part: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """AdamW; biases, scales and the like do not decay."""
+    matrices = [p for p in part.parameters() if p.dim() > 1]
+    others = [p for p in part.parameters() if p.dim() <= 1]
+    groups = [
+        {"params": matrices, "weight_decay": recipe.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95))
+
+
+def _cosine(rate: float, done: int, steps: int, recipe: Recipe) -> float:
+    """Warm-up, then a half cosine to 3 % of `rate`."""
+    fall = 0.5 * (1 + math.cos(math.pi * min(1.0, done / max(steps, 1))))
+    return rate * min(1.0, (done + 1) / recipe.warm_up) * max(0.03, fall)
+
+
 class Trainer:
-    """One run: `recipe`, a source of exams, a folder to write to."""
+    """One run: `recipe`, a source of exams, a folder to write to.
+
+    `scorer_source`, if other than `source`, should ask about most that it tells: what is never
+    asked is not worth a slot. `background` gives token ids (rows, length) of text that nothing
+    will ever be asked about.
+    """
 
     def __init__(
-        self, frozen: FrozenModel, still: StillCompactor, source: Source, recipe: Recipe, out: Path
-    ) -> None:
-        self.frozen, self.still, self.source, self.recipe, self.out = (
-            frozen,
-            still,
-            source,
-            recipe,
-            out,
-        )
-        matrices = [p for p in still.parameters() if p.dim() > 1]
-        others = [p for p in still.parameters() if p.dim() <= 1]
-        self.optimizer = torch.optim.AdamW(
-            [
-                {"params": matrices, "weight_decay": recipe.weight_decay},
-                {"params": others, "weight_decay": 0.0},
-            ],
-            lr=recipe.rate,
-            betas=(0.9, 0.95),
-        )
+        self, frozen: FrozenModel, still: StillCompactor, source: Source, recipe: Recipe,
+        out: Path, scorer_source: Source | None = None, background: Background | None = None,
+    ) -> None:  # fmt: skip
+        self.frozen, self.still, self.recipe, self.out = frozen, still, recipe, out
+        self.source, self.scorer_source = source, scorer_source or source
+        self.background = background
+        parts = [still.perceivers] if still.scorer is None else [still.perceivers, still.scorer]
+        self.optimizers = [_adamw(part, recipe) for part in parts]
         self.rng = random.Random(recipe.seed)
         self.step = 0
         out.mkdir(parents=True, exist_ok=True)
@@ -98,13 +115,53 @@ class Trainer:
         self.still.calibrate(lesson.cache)
 
     def learn(self) -> Row:
-        """One step."""
+        """One step: of the scorer while `scorer_steps` last, then of the Perceivers."""
+        r = self.recipe
+        with torch.autocast(self.frozen.device.type, torch.bfloat16, enabled=r.half):
+            if self.step < r.scorer_steps:
+                loss, row = self._teach_scorer()
+                rate = _cosine(r.scorer_rate, self.step, r.scorer_steps, r)
+            else:
+                loss, row = self._teach_perceivers()
+                rate = _cosine(r.rate, self.step - r.scorer_steps, r.steps - r.scorer_steps, r)
+        loss.backward()
+        row["norm"] = torch.nn.utils.clip_grad_norm_(self.still.parameters(), r.clip).item()
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return {"step": self.step, **row}
+
+    def _teach_scorer(self) -> tuple[Tensor, Row]:
+        r = self.recipe
+        exams = self.scorer_source(r.rows, self.rng.choice(r.scorer_lengths))
+        lesson = teach(self.frozen, exams)
+        student, opened = gated_logits(self.frozen, self.still, exams, lesson)
+        kl = divergence(lesson.logits, student, lesson.gold, r.top_k)
+        # Shut at once, all gates together would teach nothing.
+        price = r.price * min(1.0, self.step / (2 * r.warm_up))
+        loss = kl + price * opened / max(len(lesson.gold), 1)
+        if self.background is not None:
+            # A gate that is wrong and sure of it has no gradient of its own; its logit does.
+            loss = loss + F.softplus(self._scores_of(self.background(r.rows, 1024))).mean()
+        return loss, self._row(
+            exams, lesson, student, kl, open=opened.item() / exams.context.numel()
+        )
+
+    def _scores_of(self, ids: Tensor) -> Tensor:
+        keys, values = prefill(self.frozen, ids, 0)
+        with exactly(self.frozen):
+            return self.still.score(Cache.raw(keys, values))
+
+    def _teach_perceivers(self) -> tuple[Tensor, Row]:
         r = self.recipe
         length, ratio = self.rng.choice(r.lengths), self.rng.choice(r.ratios)
         rounds, tail = self.rng.choice(r.rounds), self.rng.choice(r.raw_tails)
         exams = self.source(r.rows, length)
         lesson = teach(self.frozen, exams)
-        state, scores = compact_in_rounds(
+        state = compact_in_rounds(
             self.frozen,
             self.still,
             exams.context,
@@ -115,45 +172,18 @@ class Trainer:
         )
         student = answer_logits(self.frozen, state, exams.exam, lesson.where)
         kl = divergence(lesson.logits, student, lesson.gold, r.top_k)
-        loss = kl
-        if scores:
-            scorer = self._scorer_loss(scores, lesson)
-            loss = kl + r.scorer_weight * scorer
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.still.parameters(), r.clip)
-        rate = r.rate * min(1.0, (self.step + 1) / r.warm_up)
-        rate *= max(0.03, 0.5 * (1 + math.cos(math.pi * min(1.0, self.step / r.steps))))
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
-        self.step += 1
-        hit = (student.argmax(-1) == lesson.gold).sum().item() / max(len(lesson.gold), 1)
-        row = {
-            "step": self.step,
-            "length": length,
-            "ratio": ratio,
-            "rounds": rounds,
-            "tail": tail,
-            "kl": kl.item(),
-            "hit": hit,
-            "norm": norm.item(),
-            "teacher": lesson.right[0] / max(lesson.right[1], 1),
-        }
-        if scores:
-            row["scorer"] = scorer.item()
-        return row
+        return kl, self._row(exams, lesson, student, kl, ratio=ratio, rounds=rounds, tail=tail)
 
     @staticmethod
-    def _scorer_loss(scores: list[tuple[Tensor, int]], lesson: Lesson) -> Tensor:
-        total = torch.zeros(())
-        count = 0
-        for salience, first in scores:
-            n = salience.shape[-1]
-            target = lesson.attention[..., first : first + n].clamp(0, 1)
-            total = total + F.binary_cross_entropy_with_logits(salience, target, reduction="sum")
-            count += target.numel()
-        return total / count
+    def _row(exams: Exams, lesson: Lesson, student: Tensor, kl: Tensor, **more: float) -> Row:
+        hits = int((student.argmax(-1) == lesson.gold).sum())
+        return {
+            "length": exams.context.shape[1],
+            "kl": kl.item(),
+            "hit": hits / max(len(lesson.gold), 1),
+            "teacher": lesson.right[0] / max(lesson.right[1], 1),
+            **more,
+        }
 
     def run(
         self,
@@ -172,8 +202,9 @@ class Trainer:
                 recent.append(self.learn())
                 if self.step % every == 0:
                     row = {"step": self.step, "minutes": round((time.time() - begun) / 60, 2)}
-                    for key in AVERAGED & recent[0].keys():
-                        row[key] = round(sum(x[key] for x in recent) / len(recent), 4)
+                    for key in AVERAGED:
+                        if known := [x[key] for x in recent if key in x]:
+                            row[key] = round(sum(known) / len(known), 4)
                     recent.clear()
                     if evaluate is not None and self.step % save_every == 0:
                         row |= evaluate()
@@ -190,7 +221,7 @@ class Trainer:
         self.still.save(self.out)
         state = {
             "still": self.still.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizers": [o.state_dict() for o in self.optimizers],
             "step": self.step,
             "rng": self.rng.getstate(),
             "recipe": asdict(self.recipe),
@@ -201,7 +232,8 @@ class Trainer:
     def resume(self) -> None:
         state = torch.load(self.out / "state.pt", weights_only=True)
         self.still.load_state_dict(state["still"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         self.step = state["step"]
         version, internal, gauss = state["rng"]
         self.rng.setstate((version, tuple(internal), gauss))
@@ -221,7 +253,7 @@ def recall(
     right = full = total = 0
     for exams in batches:
         lesson = teach(frozen, exams)
-        state, _ = compact_in_rounds(
+        state = compact_in_rounds(
             frozen,
             still,
             exams.context,

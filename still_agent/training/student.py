@@ -14,7 +14,7 @@ from transformers import Cache as TransformersCache
 from transformers.cache_utils import DynamicLayer
 
 from still_agent.models.frozen import FrozenModel
-from still_agent.training.teacher import free_keys, prefill
+from still_agent.training.teacher import exactly, logits_of, prefill
 from still_memory.compactors.still import Cache, StillCompactor
 from still_memory.rotation import rotate
 
@@ -38,8 +38,8 @@ class PlacedLayer(DynamicLayer):
 
 def placed(frozen: FrozenModel, cache: Cache) -> TransformersCache:
     """`cache` with its slots at positions 0, 1, 2, ..."""
-    at = torch.arange(cache.slots, dtype=torch.float32, device=cache.keys.device)
-    keys = rotate(cache.keys, at, frozen.rope)
+    at = torch.arange(cache.slots, dtype=torch.float32, device=cache.bias.device)
+    keys = [rotate(k, at, frozen.rope) for k in cache.keys]
     slots = zip(keys, cache.values, cache.bias, strict=True)
     return TransformersCache(layers=[PlacedLayer(k, v, b) for k, v, b in slots])
 
@@ -55,31 +55,29 @@ def answer_logits(
         past_key_values=placed(frozen, cache),
         use_cache=True,
     ).last_hidden_state
-    return F.linear(hidden[where], frozen.model.lm_head.weight).float()
+    return logits_of(frozen, hidden[where])
 
 
 def part(cache: Cache, low: int, high: int) -> Cache:
-    index = torch.arange(low, high, device=cache.keys.device)
+    index = torch.arange(low, high, device=cache.bias.device)
     return cache.gather(index.expand(*cache.bias.shape[:3], high - low))
 
 
 def compact_in_rounds(
     frozen: FrozenModel, still: StillCompactor, context: Tensor, whole: Cache, *,
     rounds: int, slots: int, raw_tail: int,
-) -> tuple[Cache, list[tuple[Tensor, int]]]:  # fmt: skip
+) -> Cache:  # fmt: skip
     """Read `context` (B, T) as the rolling schedule does, in `rounds` equal chunks.
 
     Each chunk is read on top of the memory so far and the newest `raw_tail` raw tokens; then
     memory and all but the newest tokens are compacted to `slots`. With one round the teacher's
-    own `whole` cache is used. Returns the state at the end and, for the scorer's lesson, each
-    round's scores of newly read tokens with the position of the first of them.
+    own `whole` cache is used. Returns the state at the end.
 
     The reading itself passes no gradient: a slot is taught through answers, and through the
     later rounds that keep it.
     """
     length = context.shape[1]
     memory = tail = part(whole, 0, 0)
-    scores: list[tuple[Tensor, int]] = []
     chunk = -(-length // rounds)
     for read in range(0, length, chunk):
         ids = context[:, read : read + chunk]
@@ -88,16 +86,13 @@ def compact_in_rounds(
         last = max(tail.slots - raw_tail, 1)
         old, tail = part(tail, 0, last), part(tail, last, tail.slots)
         source = Cache.cat([memory, old])
-        salience = None
-        if still.scorer is not None:
-            salience = still.score(source)
-            scores.append((salience[..., memory.slots :], int(old.positions[0, 0, 0, 0])))
-        memory = still(source, min(slots, source.slots), salience)
-    return Cache.cat([memory, tail]), scores
+        with exactly(frozen):
+            memory = still(source, min(slots, source.slots))
+    return Cache.cat([memory, tail])
 
 
 @torch.no_grad()
 def _read(frozen: FrozenModel, ids: Tensor, state: Cache, start: int) -> Cache:
     """Fresh raw slots of ids (B, n), read on top of `state`."""
     keys, values = prefill(frozen, ids, state.slots, placed(frozen, state))
-    return Cache.raw(free_keys(frozen, keys, state.slots), values, start)
+    return Cache.raw(keys, values, start)

@@ -1,4 +1,4 @@
-"""The frozen model with its whole cache: what it would say, and what it looked at to say it."""
+"""The frozen model with its whole cache, and what it would say."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from torch import Tensor
 from transformers import Cache as TransformersCache
 from transformers import DynamicCache
 
-from still_agent.models import attention
 from still_agent.models.frozen import FrozenModel
 from still_agent.training.exams import Exams, all_right
 from still_memory.compactors.still import Cache
@@ -26,30 +25,34 @@ class Lesson:
     logits: Tensor  # (n, V) fp32, at every answer token that is taught
     where: tuple[Tensor, Tensor]  # row and column of the exam token *before* each of them
     gold: Tensor  # (n,) the answer tokens
-    attention: Tensor  # (L, B, H_kv, T): most attention that answering paid a context token
     right: tuple[int, int]  # the teacher's own exact answers, of all
 
 
 @torch.no_grad()
 def prefill(
     frozen: FrozenModel, ids: Tensor, position: int, past: TransformersCache | None = None
-) -> tuple[Tensor, Tensor]:
+) -> tuple[list[Tensor], list[Tensor]]:
     """Run ids (B, n) from `position` on, on top of `past`, which they join.
 
-    Returns their keys, as rotated, and values, each (L, B, H_kv, n, d).
+    Returns their keys, with the rotation undone, and values, each L of (B, H_kv, n, d).
     """
     cache: Any = DynamicCache(config=frozen.model.config) if past is None else past
     before = cache.get_seq_length()
     at = torch.arange(position, position + ids.shape[1], device=ids.device)[None]
     frozen.model.model(input_ids=ids, position_ids=at, past_key_values=cache, use_cache=True)
-    keys = torch.stack([layer.keys[:, :, before:] for layer in cache.layers])
-    values = torch.stack([layer.values[:, :, before:] for layer in cache.layers])
-    return keys, values
+    keys = [unrotate(x.keys[:, :, before:], at[0].float(), frozen.rope) for x in cache.layers]
+    return keys, [x.values[:, :, before:].to(frozen.dtype) for x in cache.layers]
 
 
-def free_keys(frozen: FrozenModel, keys: Tensor, first: int) -> Tensor:
-    at = torch.arange(first, first + keys.shape[-2], dtype=torch.float32, device=keys.device)
-    return unrotate(keys, at, frozen.rope)
+def exactly(frozen: FrozenModel) -> torch.autocast:
+    """No autocast in here: training may run the frozen model in bf16, and nothing else."""
+    return torch.autocast(frozen.device.type, enabled=False)
+
+
+def logits_of(frozen: FrozenModel, hidden: Tensor) -> Tensor:
+    """Logits (n, V) in fp32 after hidden states (n, D)."""
+    with exactly(frozen):
+        return F.linear(hidden.to(frozen.dtype), frozen.model.lm_head.weight).float()
 
 
 @torch.no_grad()
@@ -65,34 +68,21 @@ def teach(frozen: FrozenModel, exams: Exams) -> Lesson:
     past = DynamicCache(config=model.config)
     keys, values = prefill(frozen, exams.context, 0, past)
     at = torch.arange(length, length + exams.exam.shape[1] - 1)[None]
-    model.set_attn_implementation("eager")
-    try:
-        out = model.model(
-            input_ids=exams.exam[:, :-1],
-            position_ids=at,
-            past_key_values=past,
-            use_cache=True,
-            output_attentions=True,
-        )
-    finally:
-        model.set_attn_implementation(attention.NAME)
+    hidden = model.model(
+        input_ids=exams.exam[:, :-1], position_ids=at, past_key_values=past, use_cache=True
+    ).last_hidden_state
     speaking = exams.answer[:, 1:]  # from these tokens an answer's tokens are said
-    looked = []
-    for weights in out.attentions:  # (B, H, Q, T + Q)
-        weights = weights[..., :length] * speaking[:, None, :, None]
-        looked.append(weights.amax(2).unflatten(1, (frozen.kv_heads, -1)).amax(2))
-    logits = F.linear(out.last_hidden_state[speaking], model.lm_head.weight).float()
+    logits = logits_of(frozen, hidden[speaking])
     gold = exams.exam[:, 1:][speaking]
     hits = torch.zeros_like(exams.answer)
     hits[:, 1:][speaking] = logits.argmax(-1) == gold
     own = _up_to_first_miss(hits, exams)[:, 1:][speaking]
     rows, columns = speaking.nonzero(as_tuple=True)
     return Lesson(
-        cache=Cache.raw(free_keys(frozen, keys, 0), values),
+        cache=Cache.raw(keys, values),
         logits=logits[own],
         where=(rows[own], columns[own]),
         gold=gold[own],
-        attention=torch.stack(looked),
         right=all_right(hits, exams),
     )
 

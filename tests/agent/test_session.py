@@ -19,7 +19,7 @@ from still_agent.models import FrozenModel
 from still_agent.text import PART, parts
 from still_memory.compactors import StreamingCompactor
 from still_memory.errors import ConflictError, IdentityError, UnknownSessionError
-from still_memory.records import NewTurn
+from still_memory.records import Head, NewTurn
 from still_memory.store import MemoryStore
 from tests.agent.conftest import MakeAgent
 from tests.agent.scripted import Scripted
@@ -433,6 +433,29 @@ async def test_async_errors_arrive(make_agent: MakeAgent) -> None:
         await chat.asend("")
     with pytest.raises(InputError, match="no role"):
         await chat.asend("Hi.", role="stranger")
+
+
+def test_threads_that_begin_a_session_at_once_share_one_object(tiny: FrozenModel) -> None:
+    made, found = threading.Event(), threading.Event()
+
+    class Slow(EphemeralStore):
+        """Comes back from making a session only when another thread has found it."""
+
+        def create(self, *args: Any, **kwargs: Any) -> Head:
+            head = super().create(*args, **kwargs)
+            made.set()
+            assert found.wait(30)
+            return head
+
+    agent = Agent(tiny, StreamingCompactor(), Slow(), budget=Budget(slots=128))
+    opened: list[Session] = []
+    maker = threading.Thread(target=lambda: opened.append(agent.session("alice")))
+    maker.start()
+    assert made.wait(30)
+    opened.append(agent.session("alice"))
+    found.set()
+    maker.join()
+    assert opened[0] is opened[1]
 
 
 def test_threads_take_turns(make_agent: MakeAgent) -> None:

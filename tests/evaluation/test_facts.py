@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import random
+import re
 
 import pytest
 
 from still_agent.evaluation import facts
-from still_agent.evaluation.facts import Fact, Family, Split
+from still_agent.evaluation.facts import Fact
+from still_agent.evaluation.phrasings import (
+    GRAMMAR,
+    MULTI_QUERY_QUESTIONS,
+    MULTI_VALUE_QUESTIONS,
+    NEEDLE,
+    PERSON,
+    RELATIVE,
+    Family,
+    Forms,
+    Split,
+    phrase,
+)
 
-FAMILIES = (facts.NEEDLE, facts.PERSON, facts.RELATIVE)
+FAMILIES = (NEEDLE, PERSON, RELATIVE)
 SIDES: tuple[Split, Split] = ("train", "held_out")
 RULER = "One of the special magic {a}s for {s} is: {v}."  # the benchmark's own words, on both
 
@@ -32,7 +45,7 @@ def test_words_and_cities_are_on_one_side_only() -> None:
 def test_names_numbers_and_values_are_on_one_side_only() -> None:
     train, held_out = drawn("train"), drawn("held_out")
     for part in (
-        lambda f: {f.subject} if f.family is not facts.RELATIVE else {f.attribute},
+        lambda f: {f.subject} if f.family is not RELATIVE else {f.attribute},
         lambda f: set(f.values),
     ):
         ours = set().union(*map(part, train))
@@ -43,22 +56,45 @@ def test_names_numbers_and_values_are_on_one_side_only() -> None:
 
 def test_keys_of_two_words_use_words_of_their_side() -> None:
     words = set(facts.words("held_out"))
-    keys = {f.subject for f in drawn("held_out") if f.family is facts.NEEDLE}
+    keys = {f.subject for f in drawn("held_out") if f.family is NEEDLE}
     assert keys
     assert all(set(key.split("-")) <= words for key in keys)
 
 
+def pattern(form: str) -> str:
+    """All that the grammar makes of a form, as a regular expression; slots stand for themselves."""
+    parts = re.split(r"(<\w+>)", form)
+    return "".join(
+        f"(?:{'|'.join(map(pattern, GRAMMAR[part[1:-1]]))})"
+        if part.startswith("<")
+        else re.escape(part).replace(r"\{w\}", r"\w+")
+        for part in parts
+    )
+
+
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
-@pytest.mark.parametrize("forms", ["statements", "corrections", "questions"])
-def test_phrasings_are_on_one_side_only(family: Family, forms: str) -> None:
-    train, held_out = (set(getattr(family, forms)[side]) - {RULER} for side in SIDES)
-    assert train and held_out
-    assert not train & held_out
+@pytest.mark.parametrize("kind", ["statements", "corrections", "questions"])
+def test_the_grammar_cannot_make_a_held_out_phrasing(family: Family, kind: str) -> None:
+    forms: Forms = getattr(family, kind)
+    made = [re.compile(pattern(form), re.IGNORECASE) for form in forms["train"]]
+    for form in set(forms["held_out"]) - {RULER}:
+        assert not any(p.fullmatch(form) for p in made), form
 
 
-def test_questions_for_several_values_or_keys_are_on_one_side_only() -> None:
-    for forms in (facts.MULTI_VALUE_QUESTIONS, facts.MULTI_QUERY_QUESTIONS):
-        assert not set(forms["train"]) & set(forms["held_out"])
+def test_the_check_above_knows_what_the_grammar_makes() -> None:
+    made = [re.compile(pattern(form), re.IGNORECASE) for form in PERSON.questions["train"]]
+    assert any(p.fullmatch("Once more: tell me the {a} of {s}. Be brief.") for p in made)
+    rng = random.Random(0)
+    for _ in range(300):
+        said = phrase(rng, PERSON.questions, "train", s="{s}", a="{a}", w="lamp")
+        assert any(p.fullmatch(said) for p in made), said
+
+
+@pytest.mark.parametrize("forms", [MULTI_VALUE_QUESTIONS, MULTI_QUERY_QUESTIONS])
+def test_questions_for_several_values_or_keys_are_on_one_side_only(forms: Forms) -> None:
+    made = [re.compile(pattern(form), re.IGNORECASE) for form in forms["train"]]
+    for form in forms["held_out"]:
+        assert not any(p.fullmatch(form) for p in made), form
 
 
 @pytest.mark.parametrize("split", SIDES)

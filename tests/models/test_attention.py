@@ -136,8 +136,11 @@ def test_a_bias_of_log_n_equals_storing_the_slot_n_times(
     )
 
 
+@pytest.mark.parametrize("learned", [False, True], ids=["fixed", "learned"])
 @pytest.mark.parametrize("length", [1, 8])
-def test_each_head_has_its_own_bias_and_its_own_empty_slots(tiny: FrozenModel, length: int) -> None:
+def test_each_head_has_its_own_bias_and_its_own_empty_slots(
+    tiny: FrozenModel, length: int, learned: bool
+) -> None:
     generator = torch.Generator().manual_seed(3)
     query = torch.randn(2, 4, length, 16, generator=generator)
     key = torch.randn(2, 2, 30, 16, generator=generator)
@@ -145,11 +148,18 @@ def test_each_head_has_its_own_bias_and_its_own_empty_slots(tiny: FrozenModel, l
     bias = torch.randn(2, 2, 30, generator=generator)
     bias[0, 0, :7] = -torch.inf
     bias[1, 1, 3:9] = -torch.inf
+    bias.requires_grad_(learned)  # takes another way, by which gradients come back
     expected = exact(query, key, value, bias, 0.25)
     key.slot_bias = bias
     module = tiny.model.model.layers[0].self_attn
     out, _ = attention.still_attention(module, query, key, value, None, scaling=0.25)
     torch.testing.assert_close(out, expected.float(), rtol=0, atol=1e-5)
+    if learned:
+        weights = torch.randn(out.shape, generator=generator)
+        ours, theirs = (
+            torch.autograd.grad((o * weights).sum(), bias)[0] for o in (out, expected.float())
+        )
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("length", [1, 8])

@@ -8,16 +8,17 @@ import random
 import pytest
 import torch
 
-from still_agent.models import attention
 from still_agent.training.exams import all_right, pack
+from still_agent.training.gates import gated_logits
 from still_agent.training.still import Recipe, Trainer, divergence, recall
 from still_agent.training.student import answer_logits, compact_in_rounds
 from still_agent.training.teacher import teach
 from still_memory.compactors.still import StillCompactor, StillConfig
 
 RECIPE = Recipe(
-    steps=6, rows=2, lengths=(32,), ratios=(2, 4), rounds=(1, 2), raw_tails=(0, 4), rate=3e-3
-)
+    steps=6, rows=2, lengths=(32,), ratios=(2, 4), rounds=(1, 2), raw_tails=(0, 4), rate=3e-3,
+    scorer_steps=2, scorer_lengths=(24,),
+)  # fmt: skip
 
 
 def source_of(seed: int):
@@ -100,11 +101,60 @@ def test_student_with_the_whole_cache_is_the_teacher(tiny):
     assert torch.allclose(student, lesson.logits, atol=2e-4)
 
 
-def test_attention_targets_are_what_the_teacher_looked_at(tiny):
-    lesson = teach(tiny, source_of(4)(2, 24))
-    assert lesson.attention.shape == (tiny.layers, 2, tiny.kv_heads, 24)
-    assert 0 < lesson.attention.max() <= 1 and (lesson.attention >= 0).all()
-    assert tiny.model.config._attn_implementation == attention.NAME
+def gated(tiny, logit: float, exams, lesson, **settings):
+    """The student behind gates that all have one logit, noise aside."""
+    still = compactor(tiny, **settings)
+    torch.nn.init.zeros_(still.scorer.outward.weight)
+    torch.nn.init.constant_(still.scorer.outward.bias, logit)
+    return still, *gated_logits(tiny, still, exams, lesson)
+
+
+@pytest.mark.parametrize("per_head", [False, True])
+def test_open_gates_change_nothing_and_shut_ones_hide_the_context(tiny, per_head):
+    exams = source_of(4)(2, 24)
+    lesson = taught(tiny, exams)
+    _, student, opened = gated(tiny, 50.0, exams, lesson, per_head=per_head)
+    assert torch.allclose(student, lesson.logits, atol=2e-4)
+    assert opened.item() == pytest.approx(2 * 24)
+    _, student, opened = gated(tiny, -50.0, exams, lesson, per_head=per_head)
+    assert divergence(lesson.logits, student, lesson.gold, 50) > 0.01
+    assert opened.item() == pytest.approx(0, abs=1e-6)
+
+
+def test_answers_open_gates_and_the_price_shuts_them(tiny):
+    exams = source_of(4)(2, 24)
+    lesson = taught(tiny, exams)
+    still, student, opened = gated(tiny, -2.0, exams, lesson)
+    bias = still.scorer.outward.bias
+    (by_price,) = torch.autograd.grad(opened, bias, retain_graph=True)
+    (by_answers,) = torch.autograd.grad(divergence(lesson.logits, student, lesson.gold, 50), bias)
+    assert by_price.sum() > 0 > by_answers.sum()
+
+
+def test_text_that_is_never_asked_about_is_taught_to_be_worth_nothing(tiny, tmp_path):
+    ids = torch.randint(300, 1000, (2, 24), generator=torch.Generator().manual_seed(0))
+    recipe = Recipe(steps=12, scorer_steps=12, rows=2, scorer_lengths=(24,), scorer_rate=1e-2,
+                    warm_up=1, price=0.0)  # fmt: skip
+    trainer = Trainer(tiny, compactor(tiny), source_of(8), recipe, tmp_path,
+                      background=lambda rows, length: ids)  # fmt: skip
+    before = trainer._scores_of(ids).mean()
+    for _ in range(12):
+        trainer.learn()
+    assert trainer._scores_of(ids).mean() < before - 1
+
+
+def test_the_scorer_is_taught_first_and_the_perceivers_then(tiny, tmp_path):
+    trainer = Trainer(tiny, compactor(tiny), source_of(8), RECIPE, tmp_path)
+    start = {n: p.clone() for n, p in trainer.still.named_parameters()}
+
+    def moved() -> set[str]:
+        now = trainer.still.named_parameters()
+        return {n.split(".")[0] for n, p in now if not torch.equal(p, start[n])}
+
+    assert "open" in trainer.learn() and "open" in trainer.learn()
+    assert moved() == {"scorer"}
+    start |= {n: p.clone() for n, p in trainer.still.named_parameters()}
+    assert "ratio" in trainer.learn() and moved() == {"perceivers"}
 
 
 @pytest.mark.parametrize("rounds", [1, 2, 5])
@@ -112,10 +162,9 @@ def test_attention_targets_are_what_the_teacher_looked_at(tiny):
 def test_rounds_keep_the_asked_number_of_slots(tiny, rounds, tail):
     exams = source_of(5)(2, 30)
     lesson = teach(tiny, exams)
-    state, scores = compact_in_rounds(tiny, compactor(tiny), exams.context, lesson.cache,
-                                      rounds=rounds, slots=8, raw_tail=tail)  # fmt: skip
+    state = compact_in_rounds(tiny, compactor(tiny), exams.context, lesson.cache,
+                              rounds=rounds, slots=8, raw_tail=tail)  # fmt: skip
     assert state.slots <= 8 + tail
-    assert sum(s.shape[-1] for s, _ in scores) + min(tail, 30) >= 30 - tail
     assert (state.positions.diff(dim=-1) > 0).all()
 
 
@@ -123,8 +172,8 @@ def test_no_compaction_is_no_change(tiny):
     """Rounds that drop nothing leave the student equal to the teacher."""
     exams = source_of(6)(2, 24)
     lesson = taught(tiny, exams)
-    state, _ = compact_in_rounds(tiny, compactor(tiny), exams.context, lesson.cache,
-                                 rounds=3, slots=24, raw_tail=0)  # fmt: skip
+    state = compact_in_rounds(tiny, compactor(tiny), exams.context, lesson.cache,
+                              rounds=3, slots=24, raw_tail=0)  # fmt: skip
     student = answer_logits(tiny, state, exams.exam, lesson.where)
     assert torch.allclose(student, lesson.logits, atol=2e-4)
 

@@ -29,14 +29,15 @@ from still_memory.span import Slots, Span
 
 @dataclass
 class Cache:
-    """A batch of caches, every layer stacked; keys carry no rotation.
+    """A batch of caches; keys carry no rotation.
 
-    Layers with fewer slots are padded; a slot with bias minus infinity is empty. `settled`
-    slots were written by an earlier round.
+    Keys and values are one tensor a layer (stacked, a long cache would be copied whole). Layers
+    with fewer slots are padded; a slot with bias minus infinity is empty. `settled` slots were
+    written by an earlier round.
     """
 
-    keys: Tensor  # (L, B, H, S, d)
-    values: Tensor  # (L, B, H, S, d)
+    keys: list[Tensor]  # L of (B, H, S, d)
+    values: list[Tensor]  # L of (B, H, S, d)
     positions: Tensor  # (L, B, H, S) logical
     bias: Tensor  # (L, B, H, S)
     mass: Tensor  # (L, B, H, S) tokens each slot stands for
@@ -44,9 +45,9 @@ class Cache:
     settled: Tensor  # (L, B, H, S) bool
 
     @classmethod
-    def raw(cls, keys: Tensor, values: Tensor, start: int = 0) -> Cache:
+    def raw(cls, keys: list[Tensor], values: list[Tensor], start: int = 0) -> Cache:
         """Freshly computed keys and values, one slot a token."""
-        shape, device = keys.shape[:-1], keys.device
+        shape, device = (len(keys), *keys[0].shape[:-1]), keys[0].device
         positions = torch.arange(start, start + shape[-1], dtype=torch.float32, device=device)
         zero = torch.zeros(shape, device=device)
         return cls(
@@ -64,22 +65,25 @@ class Cache:
             raise InputError(f"{span} is rotated: pass it through still_memory.rotation.free first")
         longest = len(span)
 
+        def padded(t: Tensor, filler: float) -> Tensor:
+            room = longest - t.shape[1]
+            pad = (0, 0, 0, room) if t.dim() == 3 else (0, room)
+            return nn.functional.pad(t, pad, value=filler)[None] if room else t[None]
+
         def stack(name: str, missing: float, filler: float) -> Tensor:
             rows = []
             for slots in span.layers:
                 t = getattr(slots, name)
                 if t is None:
                     t = torch.full(slots.positions.shape, missing, device=slots.keys.device)
-                room = longest - t.shape[1]
-                pad = (0, 0, 0, room) if t.dim() == 3 else (0, room)
-                rows.append(nn.functional.pad(t.float(), pad, value=filler))
-            return torch.stack(rows)[:, None]  # (L, 1, H, S, ...)
+                rows.append(padded(t.float(), filler))
+            return torch.stack(rows)  # (L, 1, H, S)
 
         bias = stack("bias", 0.0, -torch.inf)
         filled = (bias > -torch.inf).sum(-1, keepdim=True).clamp(min=1)
         return cls(
-            stack("keys", 0.0, 0.0),
-            stack("values", 0.0, 0.0),
+            [padded(slots.keys, 0.0) for slots in span.layers],
+            [padded(slots.values, 0.0) for slots in span.layers],
             stack("positions", 0.0, span.end),
             bias,
             (span.tokens / filled).expand(bias.shape),
@@ -89,20 +93,35 @@ class Cache:
 
     @classmethod
     def cat(cls, parts: Sequence[Cache]) -> Cache:
-        return cls(*(torch.cat([getattr(p, f.name) for p in parts], dim=3) for f in fields(cls)))
+        """Caches one after the other. One alone is not copied."""
+        if len(parts) == 1:
+            return parts[0]
+        return cls(
+            [torch.cat(layer, dim=2) for layer in zip(*(p.keys for p in parts), strict=True)],
+            [torch.cat(layer, dim=2) for layer in zip(*(p.values for p in parts), strict=True)],
+            *(torch.cat([getattr(p, name) for p in parts], dim=3) for name in PER_SLOT),
+        )
 
     def gather(self, index: Tensor) -> Cache:
         """Slots `index` (L, B, H, t) of each head."""
-        wide = index[..., None].expand(*index.shape, self.keys.shape[-1])
+
+        def pick(layers: list[Tensor]) -> list[Tensor]:
+            return [
+                x.gather(2, i[..., None].expand(*i.shape, x.shape[-1]))
+                for x, i in zip(layers, index, strict=True)
+            ]
+
         return Cache(
-            self.keys.gather(3, wide), self.values.gather(3, wide),
-            *(getattr(self, n).gather(3, index)
-              for n in ("positions", "bias", "mass", "salience", "settled")),
+            pick(self.keys), pick(self.values),
+            *(getattr(self, name).gather(3, index) for name in PER_SLOT),
         )  # fmt: skip
 
     @property
     def slots(self) -> int:
-        return self.keys.shape[3]
+        return self.keys[0].shape[2]
+
+
+PER_SLOT = [f.name for f in fields(Cache)][2:]  # (L, B, H, S) each
 
 
 class StillCompactor(nn.Module):
@@ -134,7 +153,7 @@ class StillCompactor(nn.Module):
         for layer, perceiver in enumerate(self._perceivers()):
             perceiver.calibrate(torch.cat([cache.keys[layer], cache.values[layer]], dim=-1))
         if self.scorer is not None:
-            self.scorer.calibrate(cache.keys, cache.values)
+            self.scorer.calibrate(torch.stack(cache.keys), torch.stack(cache.values))
 
     def score(self, cache: Cache) -> Tensor:
         """Salience `(L, B, H, S)`: the scorer's for raw slots, the stored one for settled."""
@@ -142,30 +161,30 @@ class StillCompactor(nn.Module):
         raw = ~cache.settled[0, 0, 0]  # rounds are equal over a batch and its heads
         salience = cache.salience.clone()
         if raw.any():
-            fresh = self.scorer(cache.keys[..., raw, :], cache.values[..., raw, :])
-            salience[..., raw] = fresh
+            keys, values = ([x[..., raw, :] for x in side] for side in (cache.keys, cache.values))
+            salience[..., raw] = self.scorer(keys, values).to(salience.dtype)
         if not self.config.per_head:
             salience = salience.mean((0, 2), keepdim=True).expand_as(salience)
         return salience
 
-    def forward(self, cache: Cache, slots: int, salience: Tensor | None = None) -> Cache:
-        """`slots` slots from a longer cache. `salience`, as from `score`, if known already."""
+    def forward(self, cache: Cache, slots: int) -> Cache:
+        """`slots` slots from a longer cache. Where they stand passes no gradient."""
         if self.config.placement == "even":
             return self._even(cache, slots)
-        if salience is None:
+        with torch.no_grad():
             salience = self.score(cache)
-        worth = salience.detach().masked_fill(cache.bias == -torch.inf, -torch.inf)
+        worth = salience.masked_fill(cache.bias == -torch.inf, -torch.inf)
         chosen = worth.topk(slots, dim=-1).indices.sort(dim=-1).values  # (L, B, H, t)
         kept = cache.gather(chosen)
-        kept.salience = salience.gather(3, chosen).detach()
-        index = torch.arange(cache.slots, device=cache.keys.device, dtype=torch.float32)
+        kept.salience = salience.gather(3, chosen)
+        index = torch.arange(cache.slots, device=cache.bias.device)
         written = self._perceive(
-            cache, index.expand(cache.bias.shape), chosen.float(), torch.zeros_like(cache.bias)
+            cache, index.expand(cache.bias.shape), chosen, torch.zeros_like(cache.bias)
         )
         if self.config.settled:
-            old = kept.settled[..., None]
-            written.keys = torch.where(old, kept.keys, written.keys)
-            written.values = torch.where(old, kept.values, written.values)
+            for new, old in ((written.keys, kept.keys), (written.values, kept.values)):
+                for n, settled in enumerate(kept.settled[..., None]):
+                    new[n] = torch.where(settled, old[n].to(new[n].dtype), new[n])
             written.bias = torch.where(kept.settled, kept.bias, written.bias)
         written.bias = written.bias.masked_fill(kept.bias == -torch.inf, -torch.inf)
         written.positions, written.mass, written.salience = kept.positions, kept.mass, kept.salience
@@ -177,32 +196,38 @@ class StillCompactor(nn.Module):
         total = mass.sum(-1, keepdim=True)
         middle = (mass.cumsum(-1) - mass / 2) / total
         cells = (middle * slots).floor().clamp(0, slots - 1)
-        at = torch.arange(slots, device=mass.device, dtype=torch.float32)
+        at = torch.arange(slots, device=mass.device)
         at = at.expand(*mass.shape[:-1], slots)
         written = self._perceive(cache, cells, at, mass.log())
         first, last = cache.positions[..., :1], cache.positions[..., -1:]
         share = torch.linspace(0, 1, slots, device=mass.device)
         written.positions = first + (last - first) * share
-        written.mass = (total / slots).expand_as(at).clone()
+        written.mass = (total / slots).expand(at.shape).clone()
         return written
 
     def _perceive(self, cache: Cache, cells: Tensor, at: Tensor, log_mass: Tensor) -> Cache:
         slots = at.shape[-1]
-        device = cache.keys.device
+        device = at.device
+        dtype = self._perceivers()[0].bank.dtype
         where = torch.linspace(0, 1, slots, device=device).expand(at.shape)
         log_mass = log_mass.masked_fill(cache.bias == -torch.inf, -torch.inf)
         keys, values, betas = [], [], []
         for n, perceiver in enumerate(self._perceivers()):
-            tokens = torch.cat([cache.keys[n], cache.values[n]], dim=-1)
+            tokens = torch.cat([cache.keys[n].to(dtype), cache.values[n].to(dtype)], dim=-1)
             k, v, beta = perceiver(tokens, cells[n], log_mass[n], where[n], at[n])
             keys.append(k)
             values.append(v)
-            betas.append(torch.zeros_like(at[n]) if beta is None else beta)
-        zero = torch.zeros_like(at)
+            betas.append(torch.zeros_like(where[n]) if beta is None else beta.float())
+        zero = torch.zeros_like(where)
         return Cache(
-            torch.stack(keys), torch.stack(values), zero, torch.stack(betas), zero, zero,
+            keys,
+            values,
+            zero,
+            torch.stack(betas),
+            zero,
+            zero,
             torch.ones_like(at, dtype=torch.bool),
-        )  # fmt: skip
+        )
 
     # -- over spans ---------------------------------------------------------------------------
 
@@ -228,9 +253,10 @@ class StillCompactor(nn.Module):
                 f"cannot compact {len(spans)} spans to {slots} slots: ask for one or more"
             )
         cache = Cache.cat([Cache.of(span) for span in spans])
-        if cache.keys.shape[0] != self.config.layers or cache.keys.shape[2] != self.config.kv_heads:
+        layers, _, heads, _ = cache.bias.shape
+        if (layers, heads) != (self.config.layers, self.config.kv_heads):
             raise CompactorError(
-                f"these spans have {cache.keys.shape[0]} layers of {cache.keys.shape[2]} KV heads, "
+                f"these spans have {layers} layers of {heads} KV heads, "
                 f"and this compactor takes {self.config.layers} of {self.config.kv_heads}: use it "
                 f"with the model it was trained for, {self.model.name!r}"
             )
@@ -242,10 +268,10 @@ class StillCompactor(nn.Module):
             if self.scorer is not None:
                 out.salience = self.score(cache)
         plain = not self.config.beta and bool((out.bias == 0).all())
-        layers = tuple(
+        written = tuple(
             Slots(
-                keys=out.keys[n, 0].float().contiguous(),
-                values=out.values[n, 0].to(dtype).contiguous(),
+                keys=out.keys[n][0].float().contiguous(),
+                values=out.values[n][0].to(dtype).contiguous(),
                 positions=out.positions[n, 0].contiguous(),
                 bias=None if plain else out.bias[n, 0].contiguous(),
                 salience=None if self.scorer is None else out.salience[n, 0].contiguous(),
@@ -253,7 +279,7 @@ class StillCompactor(nn.Module):
             for n in range(self.config.layers)
         )
         return Span(
-            start=spans[0].start, end=spans[-1].end, layers=layers, rotated_at=None,
+            start=spans[0].start, end=spans[-1].end, layers=written, rotated_at=None,
             rounds=1 + max(s.rounds for s in spans), compactor=self.identity.address,
         )  # fmt: skip
 

@@ -26,17 +26,19 @@ LEAK = 1e-8  # most weight that an untrained latent may give to all tokens outsi
 LONGEST = 1 << 17  # tokens over which that holds
 
 
-def rope_table(coordinates: Tensor, width: int, base: float) -> tuple[Tensor, Tensor]:
-    """cos and sin, `(*coordinates.shape, width / 2)`."""
-    frequency = base ** -(torch.arange(0, width, 2, device=coordinates.device) / width)
-    angle = coordinates[..., None].float() * frequency
-    return angle.cos(), angle.sin()
+def rotate(x: Tensor, cells: Tensor, stride: float, base: float) -> Tensor:
+    """RoPE: neighbouring pairs of `x` (..., w) turn by `cells` (...) * stride.
 
-
-def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    cos, sin = table
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+    As complex numbers, since this pass over a whole cache is bound by memory; cells are whole
+    numbers, so that their angles are computed once each.
+    """
+    width = x.shape[-1]
+    frequency = base ** -(torch.arange(0, width, 2, device=x.device) / width)
+    cells = cells.long()
+    angle = torch.arange(int(cells.max()) + 1, device=x.device)[:, None] * stride * frequency
+    turn = torch.polar(torch.ones_like(angle), angle)[cells]  # (..., w / 2)
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * turn).flatten(-2).to(x.dtype)
 
 
 def routing_scale(width: int, base: float, stride: float) -> float:
@@ -81,16 +83,18 @@ class CrossAttention(nn.Module):
     def forward(
         self, latents: Tensor, tokens: Tensor, at_latent: Tensor, at_token: Tensor, mass: Tensor
     ) -> Tensor:
-        """latents (B,H,t,w), tokens (B,H,S,w), coordinates (B,H,t), (B,H,S), log mass (B,H,S)."""
-        width = latents.shape[-1]
+        """latents (B,H,t,w), tokens (B,H,S,w), cells (B,H,t) and (B,H,S), log mass (B,H,S).
+
+        The value map is linear, so it is applied to what is mixed: t times, and not S times.
+        """
         q = F.normalize(self.query(latents), dim=-1) * self.scale
         k = F.normalize(self.key(tokens), dim=-1)
-        q = rotate(q, rope_table(at_latent * self.stride, width, self.base))
-        k = rotate(k, rope_table(at_token * self.stride, width, self.base))
+        q = rotate(q, at_latent, self.stride, self.base)
+        k = rotate(k, at_token, self.stride, self.base)
         mixed = F.scaled_dot_product_attention(
-            q, k, self.value(tokens), attn_mask=mass[:, :, None].to(q.dtype), scale=1.0
+            q, k, tokens, attn_mask=mass[:, :, None].to(q.dtype), scale=1.0
         )
-        return self.out(mixed)
+        return self.out(self.value(mixed))
 
 
 class SelfAttention(nn.Module):

@@ -1,9 +1,9 @@
 """What a token will be worth, told from its keys and values alone, before any question.
 
 A small network reads `[K ; V]` of all layers with the neighbouring tokens on both sides, and
-predicts, per layer and KV head, the largest attention that later answers pay the token. It is
-taught by the teacher's own attention (`still_agent.training`), and never sees a question when
-it is used. This is the one channel between layers; the paper's Still has none.
+gives, per layer and KV head, the logit of a gate: open where the token is worth a slot. It is
+taught by what answers lose when gates close (`still_agent.training.gates`), and never sees a
+question when it is used. This is the one channel between layers; the paper's Still has none.
 """
 
 from __future__ import annotations
@@ -23,17 +23,20 @@ class Scorer(nn.Module):
         self.around = nn.Conv1d(width, width, 2 * reach + 1, padding=reach, groups=1)
         self.mix = nn.Linear(2 * width, width)
         self.outward = nn.Linear(width, layers * heads)
-        nn.init.constant_(self.outward.bias, -3.0)  # most tokens are worth little
+        nn.init.constant_(self.outward.bias, 2.0)  # gates begin open: nothing is lost yet
 
-    def forward(self, keys: Tensor, values: Tensor) -> Tensor:
-        """Logits `(L, B, H, S)` from un-rotated keys and values, each `(L, B, H, S, d)`."""
-        layers, batch, heads, length, _ = keys.shape
-        k_scale, v_scale = self.scale[:, None, ..., :1], self.scale[:, None, ..., 1:]
-        x = torch.cat([keys / k_scale, values / v_scale], dim=-1)  # (L, B, H, S, 2d)
-        x = self.inward(x.permute(1, 3, 0, 2, 4).reshape(batch, length, -1))  # (B, S, w)
+    def forward(self, keys: list[Tensor], values: list[Tensor]) -> Tensor:
+        """Logits `(L, B, H, S)` from un-rotated keys and values, each L of `(B, H, S, d)`."""
+        batch, heads, length, _ = keys[0].shape
+        weights = self.inward.weight.chunk(len(keys), dim=1)
+        x: Tensor = self.inward.bias
+        for k, v, scale, weight in zip(keys, values, self.scale, weights, strict=True):
+            both = torch.cat([k / scale[..., :1], v / scale[..., 1:]], dim=-1)  # (B, H, S, 2d)
+            both = both.transpose(1, 2).reshape(batch, length, -1).to(weight.dtype)
+            x = x + F.linear(both, weight)  # (B, S, w)
         near = self.around(F.silu(x).mT).mT
         x = F.silu(self.mix(torch.cat([x, near], dim=-1)))
-        return self.outward(x).view(batch, length, layers, heads).permute(2, 0, 3, 1)
+        return self.outward(x).view(batch, length, len(keys), heads).permute(2, 0, 3, 1)
 
     @torch.no_grad()
     def calibrate(self, keys: Tensor, values: Tensor) -> None:
