@@ -96,6 +96,8 @@ def test_ctrl_c_in_mid_reply_undoes_the_turn_and_the_chat_goes_on(
         [sys.executable, "-u", "-m", "still_agent", "chat", *at, *TINY_SLOTS],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         env={**os.environ, "PYTHONPATH": PATHS},
+        # a shell's background job, which tests may be, hands down an ignored SIGINT
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     with talk:
         assert talk.stdin is not None and talk.stdout is not None

@@ -207,8 +207,13 @@ def test_ctrl_c_in_mid_reply_undoes_the_turn(make_agent: MakeAgent, tmp_path: Pa
     chat = make_agent(tmp_path / "s.db", on_compaction=interrupt).session("x")
     chat.send(PROSE)
     before, stats = next_logits(chat), chat.stats
-    with pytest.raises(KeyboardInterrupt):
-        chat.send("Go on for ever.", max_tokens=10**6)
+    # a shell's background job, which tests may be, has SIGINT ignored
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            chat.send("Go on for ever.", max_tokens=10**6)
+    finally:
+        signal.signal(signal.SIGINT, inherited)
     assert len(told) > 1 and chat.stats == stats and len(chat.history()) == 2
     assert torch.equal(next_logits(chat), before)
     assert chat.send("Again.").usage.reused_tokens == stats.logical_tokens
