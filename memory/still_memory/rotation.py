@@ -24,23 +24,24 @@ class Rope(Protocol):
         ...
 
 
-def _half_turn(x: Tensor) -> Tensor:
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([-b, a], dim=-1)
-
-
 def rotate(keys: Tensor, positions: Tensor, rope: Rope) -> Tensor:
     """Keys `(H, S, d)` rotated at `positions`, `(S,)` or `(H, S)`; fp32 inside."""
     cos, sin = rope(positions)
-    x = keys.float()
-    return (x * cos + _half_turn(x) * sin).to(keys.dtype)
+    return _turn(keys.float(), cos, sin).to(keys.dtype)
 
 
 def unrotate(keys: Tensor, positions: Tensor, rope: Rope) -> Tensor:
     """The inverse of `rotate`, returned in fp32."""
     cos, sin = rope(positions)
-    x = keys.float()
-    return (x * cos - _half_turn(x) * sin) / (cos.square() + sin.square())
+    scaling = cos.square() + sin.square()
+    return _turn(keys.float(), cos / scaling, -sin / scaling)
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The halves of `x` as two axes, turned; `cos` and `sin` are the same for both halves."""
+    a, b = x.chunk(2, dim=-1)
+    c, s = (t.chunk(2, dim=-1)[0] for t in (cos, sin))
+    return torch.cat([a * c - b * s, b * c + a * s], dim=-1)
 
 
 def _positions(first: int, count: int, like: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from still_memory.compactors.still import Cache, StillCompactor, StillConfig
+from still_memory.compactors.still import Cache, StillCompactor, StillConfig, perceiver
 from still_memory.errors import CompactorError, IdentityError, InputError
 from still_memory.identity import ModelIdentity
 from still_memory.span import Slots, Span, raw_slots
@@ -109,6 +109,18 @@ def test_heads_with_fewer_slots_lend_no_empty_ones():
 
 
 @pytest.mark.parametrize("config", [PAPER, SALIENT], ids=["paper", "salient"])
+def test_working_through_a_long_cache_by_parts_changes_nothing(config, monkeypatch):
+    still = StillCompactor(config, MODEL)
+    with torch.no_grad():
+        for p in still.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    whole = stacked(still(cache(500), 20))
+    monkeypatch.setattr(perceiver, "IN_CACHE", 2 * 32 * 77)  # two heads of width 32, 77 tokens
+    for got, expected in zip(stacked(still(cache(500), 20)), whole, strict=True):
+        assert torch.allclose(got, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("config", [PAPER, SALIENT], ids=["paper", "salient"])
 def test_gradients_reach_every_parameter(config):
     """After one step, since a map that starts at zero hides what stands before it."""
     still = StillCompactor(config, MODEL)
@@ -131,8 +143,8 @@ def test_gradients_reach_every_parameter(config):
 
 def test_the_query_bias_that_routing_needs_is_not_zero():
     """A reproduction that left it at zero lost the identity start."""
-    for perceiver in StillCompactor(PAPER, MODEL).perceivers:
-        cross = perceiver.cross[0]
+    for part in StillCompactor(PAPER, MODEL).perceivers:
+        cross = part.cross[0]
         assert torch.equal(cross.query.bias, cross.key.bias)
         assert (cross.query.bias != 0).all()
 

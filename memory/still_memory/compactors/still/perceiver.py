@@ -24,6 +24,7 @@ from torch import Tensor, nn
 EPSILON = 1e-3  # of RMSNorm: the bank starts at zero, where a smaller one makes gradients explode
 LEAK = 1e-8  # most weight that an untrained latent may give to all tokens outside its cell
 LONGEST = 1 << 17  # tokens over which that holds
+IN_CACHE = 1 << 20  # numbers that pass through a chain of maps at once, so that they stay on chip
 
 
 def rotate(x: Tensor, cells: Tensor, stride: float, base: float) -> Tensor:
@@ -81,20 +82,36 @@ class CrossAttention(nn.Module):
                 nn.init.zeros_(self.out.weight)
 
     def forward(
-        self, latents: Tensor, tokens: Tensor, at_latent: Tensor, at_token: Tensor, mass: Tensor
-    ) -> Tensor:
-        """latents (B,H,t,w), tokens (B,H,S,w), cells (B,H,t) and (B,H,S), log mass (B,H,S).
+        self, latents: Tensor, tokens: Tensor, unit: Tensor, at_latent: Tensor, at_token: Tensor,
+        mass: Tensor,
+    ) -> Tensor:  # fmt: skip
+        """latents (B,H,t,w), tokens (B,H,S,w) in units of `unit` (H,1,w), cells (B,H or 1,t) and
+        (B,H or 1,S), log mass (B,H,S).
 
-        The value map is linear, so it is applied to what is mixed: t times, and not S times.
+        What is linear is moved to where it is cheap: the unit of the tokens into the key map, and
+        to the t that are mixed; the value map likewise.
         """
         q = F.normalize(self.query(latents), dim=-1) * self.scale
-        k = F.normalize(self.key(tokens), dim=-1)
         q = rotate(q, at_latent, self.stride, self.base)
-        k = rotate(k, at_token, self.stride, self.base)
+        to_key = (self.key.weight / unit).mT
+        rows = max(1, IN_CACHE // tokens[:, :, 0].numel())
+        k = torch.cat(
+            [
+                self._keys(part, to_key, cells)
+                for part, cells in zip(
+                    tokens.split(rows, dim=2), at_token.split(rows, dim=2), strict=True
+                )
+            ],
+            dim=2,
+        )
         mixed = F.scaled_dot_product_attention(
             q, k, tokens, attn_mask=mass[:, :, None].to(q.dtype), scale=1.0
         )
-        return self.out(self.value(mixed))
+        return self.out(self.value(mixed / unit))
+
+    def _keys(self, tokens: Tensor, to_key: Tensor, cells: Tensor) -> Tensor:
+        keys = F.normalize(tokens @ to_key + self.key.bias, dim=-1)
+        return rotate(keys, cells, self.stride, self.base)
 
 
 class SelfAttention(nn.Module):
@@ -184,9 +201,12 @@ class Perceiver(nn.Module):
         """
         width = tokens.shape[-1]
         z = self.latents(where)
-        seen = tokens / self.scale
+        if at_token.shape[1] > 1 and bool((at_token == at_token[:, :1]).all()):
+            at_token = at_token[:, :1]  # one rotation for all heads
         for i, (cross, among) in enumerate(zip(self.cross, self.selves, strict=True)):
-            z = z + cross(F.rms_norm(z, (width,), eps=EPSILON), seen, at_latent, at_token, mass)
+            z = z + cross(
+                F.rms_norm(z, (width,), eps=EPSILON), tokens, self.scale, at_latent, at_token, mass
+            )
             z = z + among(F.rms_norm(z, (width,), eps=EPSILON))
             if self.feed:
                 z = z + self.feed[i](F.rms_norm(z, (width,), eps=EPSILON))
