@@ -45,11 +45,7 @@ def budget(text: str) -> Budget:
 
 def asked(agent: Agent, session: str, script: Trajectory) -> list[Answer]:
     exam = Exam(agent, session)
-    return [
-        Answer(q.question.text, q.question.expected, exam.ask(q.question.text), q.place,
-               bool(q.question.fact and q.question.fact.corrected))
-        for q in script.exam
-    ]  # fmt: skip
+    return [Answer.to(q, exam.ask(q.question.text)) for q in script.exam]
 
 
 def lived(agent: Agent, script: Trajectory) -> tuple[list[Answer], int]:

@@ -16,7 +16,7 @@ Events, each with `kind`:
     answer      an `Answer`
     failed      a typed error
 
-All but the last three and `compared` tell done (share of the script), tokens, slots, seconds.
+All but `compared`, `answer` and `failed` tell done (share of the script), tokens, slots, seconds.
 """
 
 from __future__ import annotations
@@ -152,11 +152,7 @@ def live(reading: Reading, emit: Callable[[Event], None]) -> None:
             full_bytes=stats.full_bytes)  # fmt: skip
         exam = Exam(agent, reading.session)
         for asked in told.exam:
-            question, fact = asked.question, asked.question.fact
-            answer = Answer(
-                question.text, question.expected, exam.ask(question.text), asked.place,
-                corrected=fact is not None and fact.corrected,
-            )  # fmt: skip
+            answer = Answer.to(asked, exam.ask(asked.question.text))
             emit({"kind": "answer", **asdict(answer)})
 
 

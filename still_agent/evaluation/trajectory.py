@@ -76,14 +76,25 @@ class Answer:
     expected: tuple[str, ...]
     reply: str
     place: float
-    corrected: bool
+    outdated: tuple[str, ...] = ()  # values that held before they were corrected
+
+    @classmethod
+    def to(cls, asked: Asked, reply: str) -> Answer:
+        q = asked.question
+        outdated = q.fact.values[:-1] if q.fact is not None and q.fact.corrected else ()
+        return cls(q.text, q.expected, reply, asked.place, outdated)
 
     @property
     def right(self) -> bool:
-        """Every expected string stands in the reply, as a whole word."""
-        return all(
-            re.search(rf"(?<!\w){re.escape(value)}(?!\w)", self.reply) for value in self.expected
-        )
+        """Every expected string stands in the reply, as a whole word, and no outdated one does."""
+        return all(map(self._says, self.expected)) and not any(map(self._says, self.outdated))
+
+    def _says(self, value: str) -> bool:
+        return re.search(rf"(?<!\w){re.escape(value)}(?!\w)", self.reply) is not None
+
+    @property
+    def corrected(self) -> bool:
+        return bool(self.outdated)
 
 
 class _Event(NamedTuple):

@@ -22,7 +22,13 @@ def text(t: Trajectory) -> str:
 
 
 def answer(place: float, reply: str = "it is 77", expected: tuple[str, ...] = ("77",)) -> Answer:
-    return Answer("?", expected, reply, place, corrected=False)
+    return Answer("?", expected, reply, place)
+
+
+def test_an_answer_that_also_gives_the_outdated_value_is_wrong() -> None:
+    assert Answer("?", ("77",), "it is 77", 0.5, outdated=("12",)).right
+    assert not Answer("?", ("77",), "it is 77, or 12", 0.5, outdated=("12",)).right
+    assert Answer("?", ("77",), "it is 77", 0.5, outdated=("7",)).right  # whole words
 
 
 def test_two_processes_with_one_script_read_the_same_words() -> None:
