@@ -1,6 +1,6 @@
 # Thin on purpose: every target is one command that can be typed by hand.
-# The first call makes .venv; PyTorch is installed by itself and first, because a loose
-# requirement would fetch its newest CUDA build. Another build: make TORCH=... demo
+# The first call makes .venv; PyTorch is installed by itself and first, so that its version is
+# the one that was tested. Another one: make TORCH=torch==... demo
 TORCH  ?= torch==2.13.0
 PYTHON ?= python3
 VENV   := .venv

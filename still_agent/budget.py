@@ -79,7 +79,7 @@ class Budget(Settings):
             raise BudgetError(
                 f"{self.slots} slots cannot hold a pinned prefix of {pinned} tokens, a chunk of "
                 f"{chunk}, a look-ahead of {lookahead} and a memory of {max(memory, 2)}: give "
-                f"slots={self._least(pinned)} or more, or make one of them smaller"
+                f"slots={self._least(pinned)} or more, pin less, or make one of them smaller"
             )
         return Shares(memory, chunk, lookahead, self._span(memory, chunk))
 

@@ -32,6 +32,7 @@ def choose_compactor(
     if isinstance(choice, StillCompactor):
         what = "the compactor given"
         model.identity.require(choice.model, what, "Give one for this model, or load that model.")
+        return choice.to(model.device)
     if not isinstance(choice, str | Path):
         return choice
     if isinstance(choice, str) and choice in TRAINING_FREE:
@@ -40,4 +41,4 @@ def choose_compactor(
         raise CompactorError(
             f"there is no compactor {str(choice)!r}: give a folder that training wrote, {_METHODS}"
         )
-    return StillCompactor.load(choice, model.identity)
+    return StillCompactor.load(choice, model.identity).to(model.device)

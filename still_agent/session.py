@@ -46,9 +46,10 @@ class Stats:
 class Session:
     """One conversation, as `Agent.session` opens it.
 
-    Safe with threads: turns wait for each other. Every method may raise a StillError; after
-    ConflictError (another process has moved the session on) open it again with
-    `Agent.session`.
+    Safe with threads: turns wait for each other, but an open stream does not keep others out
+    between its pieces: a turn that begins then abandons it. Every method may raise a
+    StillError; after ConflictError (another process has moved the session on) open it again
+    with `Agent.session`.
     """
 
     def __init__(
@@ -94,7 +95,7 @@ class Session:
         return Stream(self, self._turn(role, text, self._sampling.but(**sampling)))
 
     async def asend(self, text: str, *, role: str = "user", **sampling: Any) -> Reply:
-        """`send`, in a worker thread. Cancelling undoes the turn, at the next token."""
+        """`send`, in a worker thread. Cancelling undoes the turn, unless it is saved by then."""
         stream = self.stream(text, role=role, **sampling)
         async with aclosing(pieces_of(stream, self.lock)) as pieces:  # type: ignore[type-var]
             async for _ in pieces:
@@ -105,7 +106,11 @@ class Session:
     async def astream(
         self, text: str, *, role: str = "user", **sampling: Any
     ) -> AsyncIterator[str]:
-        """`stream`, in a worker thread; `last_reply` after. Leaving early undoes the turn."""
+        """`stream`, in a worker thread; `last_reply` after.
+
+        The thread computes ahead of the reader. Leaving early undoes the turn, unless the thread
+        has ended and saved it by then.
+        """
         stream = self.stream(text, role=role, **sampling)
         async with aclosing(pieces_of(stream, self.lock)) as pieces:  # type: ignore[type-var]
             async for piece in pieces:
@@ -249,6 +254,7 @@ class Session:
                 if not self._whole:  # an earlier one could not even be undone
                     self._put_back()
             self._busy = True
+            self._open = pieces  # who abandons it meanwhile waits for the lock
             try:
                 yield
             finally:

@@ -53,7 +53,7 @@ def chat(
     max_tokens: Annotated[int, typer.Option(help="The longest reply.")] = 256,
 ) -> None:
     """Talk to a model in a session that is saved after every turn."""
-    from still_memory.errors import ConflictError, StillError
+    from still_memory.errors import ConflictError, StillError, UnknownSessionError
 
     console = Console(highlight=False)
     with console.status("loading"):
@@ -67,22 +67,28 @@ def chat(
             ),
             on_compaction=lambda event: console.print(told(event), style="yellow"),
         )  # fmt: skip
-    with agent, agent.session(session, system=system) as talk:
-        if talk.stats.turns:
+    with agent:
+        known = any(info.name == session for info in agent.sessions())
+        talk = agent.session(session, system=system)
+        if known:
             tokens = f"{talk.stats.logical_tokens:,}"
             console.print(f"resumed {session!r} at {tokens} tokens", markup=False)
         console.print(HELP, style="dim")
         for line in _lines(console):
+            turns = talk.stats.turns
             try:
                 _obey(console, talk, line, slots)
-            except ConflictError:
-                agent.session(session)  # what the other writer left
-                console.print("another process has written this session: it is loaded anew, "
-                              "and what you said is undone; say it again", style="red")  # fmt: skip
+            except (ConflictError, UnknownSessionError):
+                talk = agent.session(session, system=system)  # what the other writer left
+                console.print("another process has written or deleted this session: it is opened "
+                              "anew, and what you said is undone; say it again",
+                              style="red")  # fmt: skip
             except StillError as error:
                 console.print(f"error: {error}", style="red", markup=False)
             except KeyboardInterrupt:
-                console.print("stopped: the turn is undone", style="yellow")
+                read = talk.stats.turns - turns
+                kept = f"; {read} parts read before it are kept" if read else ""
+                console.print(f"stopped: the turn is undone{kept}", style="yellow")
 
 
 def bar(stats: Stats, budget: int) -> Text:

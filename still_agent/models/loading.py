@@ -24,13 +24,14 @@ def load_model(
 ) -> FrozenModel:
     """Load "reference", a folder, or a hub id, frozen and ready to run.
 
-    `device`: a GPU where there is one. `dtype`: fp32 on a CPU, the file's own elsewhere.
+    `device`: a GPU where there is one. `dtype`: fp32 on a CPU, and for the reference model
+    anywhere, whose compactor was trained so; the file's own elsewhere.
     Weights are read from safetensors only, never from pickles, and no code that comes with a
     model is run. Raises InputError for what is not there, not whole, or not a Qwen3.
     """
     source, label = _source(name)
     where = _device(device)
-    precision = _precision(dtype, where)
+    precision = _precision(dtype, exact=where.type == "cpu" or source == REFERENCE)
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         if ARCHITECTURE not in (config.architectures or ()):
@@ -90,9 +91,9 @@ def _device(device: str | torch.device | None) -> torch.device:
         raise InputError(f"device {str(device)!r} cannot be used ({reason}); try cpu") from error
 
 
-def _precision(dtype: str | torch.dtype | None, where: torch.device) -> str | torch.dtype:
+def _precision(dtype: str | torch.dtype | None, *, exact: bool) -> str | torch.dtype:
     if dtype is None:
-        return torch.float32 if where.type == "cpu" else "auto"
+        return torch.float32 if exact else "auto"
     known = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if known not in (torch.float32, torch.bfloat16, torch.float16):
         raise InputError(f"dtype {dtype!r} is not supported; use float32, bfloat16 or float16")

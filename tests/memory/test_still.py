@@ -98,6 +98,26 @@ def test_a_settled_slot_is_never_written_again():
             assert torch.equal(before.bias[h, at], after.bias[h])
 
 
+def test_slots_that_another_compactor_wrote_are_scored_anew():
+    """Logits of two scorers have two scales; memory must not live or die by that."""
+    still, other = (StillCompactor(SALIENT, MODEL) for _ in range(2))
+    with torch.no_grad():
+        still.scorer.outward.bias.add_(5.0)
+        other.scorer.outward.bias.sub_(100.0)
+    memory = other.compact([span(0, 40)], 20)
+    out = still.compact([memory, span(40, 60, seed=1)], 30)
+    assert (out.layers[0].positions[0] < 40).sum() > 5
+    assert all((s.salience > -50).all() for s in out.layers)
+
+
+def test_the_bias_of_a_slot_weighs_when_it_is_compacted_again():
+    c, still = cache(64), StillCompactor(PAPER, MODEL)
+    plain = stacked(still(c, 8))[1]
+    c.bias[..., 3] = 2.0
+    moved = (stacked(still(c, 8))[1] - plain).abs().amax((0, 1, 2, 4))
+    assert moved[0] > 0.01 and (moved[1:] < 1e-5).all()
+
+
 def test_heads_with_fewer_slots_lend_no_empty_ones():
     c = cache(20)
     c.bias[0, 0, 1, 12:] = -torch.inf

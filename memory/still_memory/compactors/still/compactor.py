@@ -41,7 +41,7 @@ class Cache:
     positions: Tensor  # (L, B, H, S) logical
     bias: Tensor  # (L, B, H, S)
     mass: Tensor  # (L, B, H, S) tokens each slot stands for
-    salience: Tensor  # (L, B, H, S) scorer's logits; meaningless where not settled
+    salience: Tensor  # (L, B, H, S) scorer's logits; NaN where it has not seen a slot
     settled: Tensor  # (L, B, H, S) bool
 
     @classmethod
@@ -51,8 +51,8 @@ class Cache:
         positions = torch.arange(start, start + shape[-1], dtype=torch.float32, device=device)
         zero = torch.zeros(shape, device=device)
         return cls(
-            keys, values, positions.expand(shape), zero, torch.ones_like(zero), zero,
-            torch.zeros(shape, dtype=torch.bool, device=device),
+            keys, values, positions.expand(shape), zero, torch.ones_like(zero),
+            torch.full_like(zero, torch.nan), torch.zeros_like(zero, dtype=torch.bool),
         )  # fmt: skip
 
     @classmethod
@@ -87,7 +87,7 @@ class Cache:
             stack("positions", 0.0, span.end),
             bias,
             (span.tokens / filled).expand(bias.shape),
-            stack("salience", 0.0, -torch.inf),
+            stack("salience", torch.nan, -torch.inf),
             torch.full(bias.shape, not span.raw, device=bias.device),
         )
 
@@ -156,13 +156,13 @@ class StillCompactor(nn.Module):
             self.scorer.calibrate(torch.stack(cache.keys), torch.stack(cache.values))
 
     def score(self, cache: Cache) -> Tensor:
-        """Salience `(L, B, H, S)`: the scorer's for raw slots, the stored one for settled."""
+        """Salience `(L, B, H, S)`: the stored one, or the scorer's where there is none."""
         assert self.scorer is not None
-        raw = ~cache.settled[0, 0, 0]  # rounds are equal over a batch and its heads
+        new = cache.salience[0, 0, 0].isnan()  # equal over a batch and its heads
         salience = cache.salience.clone()
-        if raw.any():
-            keys, values = ([x[..., raw, :] for x in side] for side in (cache.keys, cache.values))
-            salience[..., raw] = self.scorer(keys, values).to(salience.dtype)
+        if new.any():
+            keys, values = ([x[..., new, :] for x in side] for side in (cache.keys, cache.values))
+            salience[..., new] = self.scorer(keys, values).to(salience.dtype)
         if not self.config.per_head:
             salience = salience.mean((0, 2), keepdim=True).expand_as(salience)
         return salience
@@ -210,7 +210,7 @@ class StillCompactor(nn.Module):
         device = at.device
         dtype = self._perceivers()[0].bank.dtype
         where = torch.linspace(0, 1, slots, device=device).expand(at.shape)
-        log_mass = log_mass.masked_fill(cache.bias == -torch.inf, -torch.inf)
+        log_mass = log_mass + cache.bias  # a slot weighs here as it does for the base model
         keys, values, betas = [], [], []
         for n, perceiver in enumerate(self._perceivers()):
             tokens = torch.cat([cache.keys[n].to(dtype), cache.values[n].to(dtype)], dim=-1)
@@ -252,7 +252,11 @@ class StillCompactor(nn.Module):
             raise InputError(
                 f"cannot compact {len(spans)} spans to {slots} slots: ask for one or more"
             )
-        cache = Cache.cat([Cache.of(span) for span in spans])
+        parts = [Cache.of(span) for span in spans]
+        for part, span in zip(parts, spans, strict=True):
+            if span.compactor != self.identity.address:  # another's logits have another scale
+                part.salience.fill_(torch.nan)
+        cache = Cache.cat(parts)
         layers, _, heads, _ = cache.bias.shape
         if (layers, heads) != (self.config.layers, self.config.kv_heads):
             raise CompactorError(
@@ -318,7 +322,7 @@ class StillCompactor(nn.Module):
         model.require(
             trained_for,
             f"the compactor in {folder}",
-            "Train one for this model, or load that model.",
+            "Train one for this model, or load that model (with dtype=, if only that differs).",
         )
         compactor = cls(config, trained_for)
         try:

@@ -32,7 +32,7 @@ class StillConfig(BaseModel):
 
     placement: Literal["even", "salient"] = "even"
     """Where latents stand. `even`: spread evenly over the tokens, as in the paper. `salient`:
-    at the tokens that a small scorer, taught by the teacher's attention, thinks worth most."""
+    at the tokens that a small scorer, taught by gates, thinks worth most."""
 
     per_head: bool = False
     """`salient` only: each layer and KV head places its own latents. By default all share one
