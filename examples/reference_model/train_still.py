@@ -32,6 +32,7 @@ def main() -> None:
     p.add_argument("--resume", action="store_true")
     p.add_argument("--minutes", type=float, default=float("inf"))
     p.add_argument("--threads", type=int, default=2)
+    p.add_argument("--device", default="cpu")
     p.add_argument("--every", type=int, default=20)
     p.add_argument("--save-every", type=int, default=100)
     p.add_argument("--density", type=float, nargs=2, default=(0.5, 3.0))
@@ -53,23 +54,22 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     torch.set_flush_denormal(True)  # shut gates make many, and they are slow
-    frozen = load_model(str(args.model))
+    frozen = load_model(str(args.model), device=args.device)
     paths = sorted(args.books.glob("*.txt"))
     train = Prose.of(*(b for b in paths if b.stem not in HELD_OUT_BOOKS))
     held_out = Prose.of(*(b for b in paths if b.stem in HELD_OUT_BOOKS))
-    rng = random.Random(args.seed + 1)
 
-    def source(rows: int, length: int) -> Exams:
+    def source(rng: random.Random, rows: int, length: int) -> Exams:
         return dialogue_exams(
             rng, "train", train, frozen.tokenizer, rows, length, tuple(args.density)
         )
 
-    def telling(rows: int, length: int) -> Exams:
+    def telling(rng: random.Random, rows: int, length: int) -> Exams:
         return dialogue_exams(
             rng, "train", train, frozen.tokenizer, rows, length, tuple(args.scorer_density)
         )
 
-    def background(rows: int, length: int) -> Tensor:
+    def background(rng: random.Random, rows: int, length: int) -> Tensor:
         """Prose alone, as it is read."""
         found = []
         for _ in range(rows):
@@ -88,7 +88,7 @@ def main() -> None:
         feed_forward=args.feed_forward,
         neighbourhood=args.neighbourhood,
     )
-    still = StillCompactor(config, frozen.identity)
+    still = StillCompactor(config, frozen.identity).to(frozen.device)
     print(f"{sum(q.numel() for q in still.parameters()) / 1e6:.2f} M parameters", flush=True)
     recipe = Recipe(
         **{
@@ -99,7 +99,6 @@ def main() -> None:
     trainer = Trainer(frozen, still, source, recipe, args.out, telling, background)
     if args.resume:
         trainer.resume()
-        rng.seed(args.seed + 1 + trainer.step)
     elif args.init:
         still.load_state_dict(load_file(args.init / "model.safetensors"))
     else:

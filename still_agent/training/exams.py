@@ -6,6 +6,7 @@ loss is taken on answers only.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -22,8 +23,11 @@ class Exams:
     answer: Tensor  # (B, Q) bool: this token is part of an answer
     runs: Tensor  # (B, Q) int64: which answer of its row a token belongs to, -1 elsewhere
 
+    def to(self, device: torch.device) -> Exams:
+        return Exams(*(t.to(device) for t in (self.context, self.exam, self.answer, self.runs)))
 
-Source = Callable[[int, int], Exams]  # (rows, context length) -> a fresh batch
+
+Source = Callable[[random.Random, int, int], Exams]  # (rng, rows, context length) -> a batch
 
 
 def pack(rows: list[tuple[list[int], list[int], list[bool]]]) -> Exams:

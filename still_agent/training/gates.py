@@ -25,7 +25,7 @@ TEMPERATURE = 0.5  # below 1 a gate is mostly open or shut, like the choice it s
 
 
 def gated_logits(
-    frozen: FrozenModel, still: StillCompactor, exams: Exams, lesson: Lesson
+    frozen: FrozenModel, still: StillCompactor, exams: Exams, lesson: Lesson, g: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """The student's answer logits (n, V) behind gates, and the sum of open gates.
 
@@ -35,7 +35,7 @@ def gated_logits(
         logits = still.score(lesson.cache)  # (L, B, H, T)
     if not still.config.per_head:
         logits = logits[:1, :, :1]
-    noise = torch.rand_like(logits).clamp(1e-6, 1 - 1e-6).logit()
+    noise = torch.rand(logits.shape, generator=g).to(logits.device).clamp(1e-6, 1 - 1e-6).logit()
     gates = F.logsigmoid((logits + noise) / TEMPERATURE)
     state = replace(lesson.cache, bias=gates.expand_as(lesson.cache.bias))
     student = answer_logits(frozen, state, exams.exam, lesson.where)

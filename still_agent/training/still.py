@@ -33,7 +33,7 @@ from still_agent.training.teacher import Lesson, exactly, prefill, teach
 from still_memory.compactors.still import Cache, StillCompactor
 
 Row = dict[str, float]  # of the log
-Background = Callable[[int, int], Tensor]
+Background = Callable[[random.Random, int, int], Tensor]  # (rng, rows, length) -> token ids
 AVERAGED = {"kl", "hit", "norm", "teacher", "open"}
 
 
@@ -106,12 +106,19 @@ class Trainer:
         self.background = background
         parts = [still.perceivers] if still.scorer is None else [still.perceivers, still.scorer]
         self.optimizers = [_adamw(part, recipe) for part in parts]
-        self.rng = random.Random(recipe.seed)
         self.step = 0
         out.mkdir(parents=True, exist_ok=True)
 
+    @property
+    def _rng(self) -> random.Random:
+        """What is random in a step follows from its number, so that a run goes on exactly."""
+        return random.Random(f"{self.recipe.seed} {self.step}")
+
+    def _exams(self, source: Source, rng: random.Random, length: int) -> Exams:
+        return source(rng, self.recipe.rows, length).to(self.frozen.device)
+
     def calibrate(self) -> None:
-        lesson = teach(self.frozen, self.source(self.recipe.rows, max(self.recipe.lengths)))
+        lesson = teach(self.frozen, self._exams(self.source, self._rng, max(self.recipe.lengths)))
         self.still.calibrate(lesson.cache)
 
     def learn(self) -> Row:
@@ -135,17 +142,19 @@ class Trainer:
         return {"step": self.step, **row}
 
     def _teach_scorer(self) -> tuple[Tensor, Row]:
-        r = self.recipe
-        exams = self.scorer_source(r.rows, self.rng.choice(r.scorer_lengths))
+        r, rng = self.recipe, self._rng
+        exams = self._exams(self.scorer_source, rng, rng.choice(r.scorer_lengths))
         lesson = teach(self.frozen, exams)
-        student, opened = gated_logits(self.frozen, self.still, exams, lesson)
+        noise = torch.Generator().manual_seed(rng.getrandbits(63))
+        student, opened = gated_logits(self.frozen, self.still, exams, lesson, noise)
         kl = divergence(lesson.logits, student, lesson.gold, r.top_k)
         # Shut at once, all gates together would teach nothing.
         price = r.price * min(1.0, self.step / (2 * r.warm_up))
         loss = kl + price * opened / max(len(lesson.gold), 1)
         if self.background is not None:
             # A gate that is wrong and sure of it has no gradient of its own; its logit does.
-            loss = loss + F.softplus(self._scores_of(self.background(r.rows, 1024))).mean()
+            prose = self.background(rng, r.rows, 1024).to(self.frozen.device)
+            loss = loss + F.softplus(self._scores_of(prose)).mean()
         return loss, self._row(
             exams, lesson, student, kl, open=opened.item() / exams.context.numel()
         )
@@ -156,10 +165,10 @@ class Trainer:
             return self.still.score(Cache.raw(keys, values))
 
     def _teach_perceivers(self) -> tuple[Tensor, Row]:
-        r = self.recipe
-        length, ratio = self.rng.choice(r.lengths), self.rng.choice(r.ratios)
-        rounds, tail = self.rng.choice(r.rounds), self.rng.choice(r.raw_tails)
-        exams = self.source(r.rows, length)
+        r, rng = self.recipe, self._rng
+        length, ratio = rng.choice(r.lengths), rng.choice(r.ratios)
+        rounds, tail = rng.choice(r.rounds), rng.choice(r.raw_tails)
+        exams = self._exams(self.source, rng, length)
         lesson = teach(self.frozen, exams)
         state = compact_in_rounds(
             self.frozen,
@@ -200,30 +209,30 @@ class Trainer:
         with (self.out / "log.jsonl").open("a") as log:
             while self.step < self.recipe.steps and (time.time() - begun) / 60 < minutes:
                 recent.append(self.learn())
-                if self.step % every == 0:
+                saving = self.step % save_every == 0
+                if self.step % every == 0 or saving:
                     row = {"step": self.step, "minutes": round((time.time() - begun) / 60, 2)}
                     for key in AVERAGED:
                         if known := [x[key] for x in recent if key in x]:
                             row[key] = round(sum(known) / len(known), 4)
                     recent.clear()
-                    if evaluate is not None and self.step % save_every == 0:
+                    if evaluate is not None and saving:
                         row |= evaluate()
                     log.write(json.dumps(row) + "\n")
                     log.flush()
                     report(row)
-                if self.step % save_every == 0:
+                if saving:
                     self.save()
         self.save()
 
     def save(self) -> None:
-        """The compactor's folder, and all that resuming needs; each replaced at once."""
+        """The compactor's folder, and all that resuming needs, replaced at once and last."""
         self.still._identity = None
         self.still.save(self.out)
         state = {
             "still": self.still.state_dict(),
             "optimizers": [o.state_dict() for o in self.optimizers],
             "step": self.step,
-            "rng": self.rng.getstate(),
             "recipe": asdict(self.recipe),
         }
         torch.save(state, self.out / "state.tmp")
@@ -235,8 +244,6 @@ class Trainer:
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         self.step = state["step"]
-        version, internal, gauss = state["rng"]
-        self.rng.setstate((version, tuple(internal), gauss))
 
 
 @torch.no_grad()
@@ -252,6 +259,7 @@ def recall(
     """Exact answers with the compact cache and with the whole one, as shares (teacher forced)."""
     right = full = total = 0
     for exams in batches:
+        exams = exams.to(frozen.device)
         lesson = teach(frozen, exams)
         state = compact_in_rounds(
             frozen,

@@ -67,7 +67,7 @@ def teach(frozen: FrozenModel, exams: Exams) -> Lesson:
     length = exams.context.shape[1]
     past = DynamicCache(config=model.config)
     keys, values = prefill(frozen, exams.context, 0, past)
-    at = torch.arange(length, length + exams.exam.shape[1] - 1)[None]
+    at = torch.arange(length, length + exams.exam.shape[1] - 1, device=frozen.device)[None]
     hidden = model.model(
         input_ids=exams.exam[:, :-1], position_ids=at, past_key_values=past, use_cache=True
     ).last_hidden_state
