@@ -24,7 +24,7 @@ from still_agent.evaluation.dialogues import Prose, Question, dialogue, multi_qu
 from still_agent.evaluation.exam import Exam
 from still_agent.evaluation.facts import Fact
 from still_agent.evaluation.phrasings import PERSON, RELATIVE, Family
-from still_agent.evaluation.trajectory import Answer, book
+from still_agent.evaluation.trajectory import Answer, Asked, book
 
 Facts = Callable[[random.Random], list[Fact]]
 
@@ -106,7 +106,7 @@ def reply(agent: Agent, session: str, context: list, question: Question) -> Answ
             if line.role != "system":
                 chat.read(line.text, role=line.role)
     said = Exam(agent, session).ask(question.text, max_tokens=64)
-    return Answer(question.text, question.expected, said, 0.0, False)
+    return Answer.to(Asked(question, 0.0), said)
 
 
 if __name__ == "__main__":

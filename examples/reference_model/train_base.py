@@ -7,8 +7,9 @@ one needs no torchrun.
 
 A curriculum of context lengths; a stage ends when held-out recall passes `advance` or its
 share of the time is spent. The loss is cross-entropy on answers plus `prose_weight` times
-that on a sample of all other tokens. Writes a Hugging Face folder, `log.jsonl`, and a
-checkpoint to resume from.
+that on a sample of all other tokens; with a second lookup (`second_lookup.py`), also
+`lookup_weight` times what `lookups.py` asks of attention. Writes a Hugging Face folder,
+`log.jsonl`, and a checkpoint to resume from.
 """
 
 from __future__ import annotations
@@ -26,9 +27,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from lookups import Lookups, lookup_loss, restated_loss
+from second_lookup import lay_second_lookup
 from still_agent.evaluation import facts
 from still_agent.evaluation.dialogues import Prose, dialogue, render
 from still_agent.evaluation.phrasings import Split
@@ -37,6 +41,9 @@ from structured_init import prefer_recent, structured_init
 from train_tokenizer import HELD_OUT_BOOKS
 
 VOCABULARY = 4096
+Losses = dict[str, float]
+RESTATED = "restated.safetensors"
+LOOKUP = 1  # the layer that finds statements; the last one chooses among them
 QUESTION_TOKENS = 36  # of a question and its answer, about
 MOST_QUESTIONS = 24
 
@@ -94,12 +101,13 @@ class Stage:
 def batch(
     rng: random.Random, split: Split, prose: Prose, tokenizer: TiktokenTokenizer, stage: Stage,
     rows: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Rows of `stage.length` tokens: ids, which are answers, which are not padding."""
+) -> tuple[Tensor, Tensor, Tensor, Lookups]:  # fmt: skip
+    """Rows of `stage.length` tokens: ids, which are answers, which are not padding; lookups."""
     ids = torch.zeros(rows, stage.length, dtype=torch.long)
     answers = torch.zeros(rows, stage.length, dtype=torch.bool)
     real = torch.zeros(rows, stage.length, dtype=torch.bool)
-    hard = {"corrected": 0.5, "multi": 0.1, "shared_names": 0.2} if split == "train" else {}
+    lookups = Lookups()
+    hard = {"corrected": 0.5, "multi": 0.2, "shared_names": 0.2} if split == "train" else {}
     for b in range(rows):
         told = facts.facts(rng, split, rng.randint(stage.fewest, stage.most), **hard)
         asked = min(len(told), MOST_QUESTIONS)
@@ -112,7 +120,9 @@ def batch(
         ids[b, :n] = torch.tensor(row[:n])
         answers[b, :n] = torch.tensor(mask[:n])
         real[b, :n] = True
-    return ids, answers, real
+        words = [tokenizer.token_bytes(token).decode("latin-1") for token in row[:n]]
+        lookups.add(b, words, talk)
+    return ids, answers, real, lookups
 
 
 @torch.no_grad()
@@ -124,7 +134,7 @@ def exact(
     rng = random.Random(77)
     right = total = 0
     for _ in range(math.ceil(rows / 8)):
-        ids, answers, _ = batch(rng, "held_out", prose, tokenizer, stage, 8)
+        ids, answers, _, _ = batch(rng, "held_out", prose, tokenizer, stage, 8)
         with torch.autocast("cpu", torch.bfloat16):
             hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
         for b in range(len(ids)):
@@ -165,11 +175,20 @@ class Run:
         self.model = build(args) if args.init is None else Qwen3ForCausalLM.from_pretrained(
             args.init, dtype=torch.float32
         )  # fmt: skip
+        self.restated: Tensor | None = None  # see second_lookup.py
+        before = args.out if args.resume else args.init
+        if before is not None and (known := before / RESTATED).exists():
+            self.restated = load_file(known)["restated"]
         if args.prefer_recent:
             sample = random.Random(args.seed)
             stage = Stage(384, 3, 9, 8, 0.0, 0.5)
-            ids, _, _ = batch(sample, "train", self.train, self.tokenizer, stage, stage.rows)
+            ids, _, _, _ = batch(sample, "train", self.train, self.tokenizer, stage, stage.rows)
             prefer_recent(self.model, ids)
+        if args.second_lookup:
+            sample = random.Random(args.seed)
+            stages = (Stage(1024, 6, 14, 1, 0.0, dense) for dense in (0.0, 1.0) for _ in range(80))
+            rows = [batch(sample, "train", self.train, self.tokenizer, s, 1) for s in stages]
+            self.restated = lay_second_lookup(self.model, [(r[0], r[3]) for r in rows], args.seed)
         self.optimizers = make_optimizers(self.model, args.lr)
         self.stages = [Stage.parse(text) for text in args.stages.split(";")]
         self.stage = self.step = self.seen = 0
@@ -186,13 +205,13 @@ class Run:
         return self.args.lr * min(1.0, (self.step + 1) / 50) * fall
 
     def go(self) -> None:
-        body = self.model.model
+        body = self.forward
         if self.args.compile:
             body = torch.compile(body, dynamic=False)
         while self.stage < len(self.stages):
             stage = self.stages[self.stage]
             rng = random.Random(f"{self.args.seed} {self.stage} {self.step} {rank()}")
-            losses: list[tuple[float, float]] = []
+            losses: list[Losses] = []
             clock, before = time.time(), self.spent
             began = self.here
             score = 0.0
@@ -209,19 +228,39 @@ class Run:
         if rank() == 0:
             self.save()
 
-    def learn(self, body: Any, rng: random.Random, stage: Stage) -> tuple[float, float]:
+    def forward(self, ids: Tensor) -> list[Tensor]:
+        """What each layer reads, and last the final hidden state, all (B, T, D)."""
+        model = self.model.model
+        states = [model.embed_tokens(ids)]
+        places = model.rotary_emb(states[0], torch.arange(ids.shape[1])[None])
+        for layer in model.layers:
+            states.append(layer(states[-1], attention_mask=None, position_embeddings=places))
+        return [*states[:-1], model.norm(states[-1])]
+
+    def learn(self, body: Any, rng: random.Random, stage: Stage) -> Losses:
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = self.rate
-        ids, answers, real = batch(rng, "train", self.train, self.tokenizer, stage, stage.rows)
+        ids, answers, real, lookups = batch(
+            rng, "train", self.train, self.tokenizer, stage, stage.rows
+        )
         with torch.autocast("cpu", torch.bfloat16):
-            hidden = body(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
+            *streams, hidden = body(ids)
+            hidden = hidden[:, :-1]
             target, answer = ids[:, 1:], answers[:, 1:]
             other = real[:, 1:] & ~answer & (torch.rand(target.shape) < 0.25)
             head = self.model.lm_head.weight
             on_answer = F.cross_entropy(F.linear(hidden[answer], head).float(), target[answer])
             on_prose = F.cross_entropy(F.linear(hidden[other], head).float(), target[other])
-        (on_answer + self.args.prose_weight * on_prose).backward()
+            loss = on_answer + self.args.prose_weight * on_prose
+            found = chosen = known = torch.zeros(())
+            if self.restated is not None:
+                at, last = LOOKUP, len(streams) - 1
+                found = lookup_loss(self.model, at, streams[at], lookups, every_head=False)
+                chosen = lookup_loss(self.model, last, streams[last], lookups, every_head=True)
+                known = restated_loss(streams[last], self.restated, lookups)
+                loss = loss + self.args.lookup_weight * (found + chosen + known)
+        loss.backward()
         if dist.is_initialized():
             for q in self.model.parameters():
                 dist.all_reduce(q.grad, dist.ReduceOp.SUM)
@@ -232,14 +271,17 @@ class Run:
             optimizer.zero_grad()
         self.step += 1
         self.seen += int(real.sum()) * (dist.get_world_size() if dist.is_initialized() else 1)
-        return on_answer.item(), on_prose.item()
+        return {
+            "answer": on_answer.item(), "prose": on_prose.item(),
+            "found": found.item(), "chosen": chosen.item(), "restated": known.item(),
+        }  # fmt: skip
 
-    def report(self, stage: Stage, losses: list[tuple[float, float]], score: float) -> None:
-        answer, prose = (sum(x) / len(losses) for x in zip(*losses, strict=True))
+    def report(self, stage: Stage, losses: list[Losses], score: float) -> None:
+        means = {name: sum(x[name] for x in losses) / len(losses) for name in losses[0]}
         row = {
             "step": self.step, "minutes": round(self.spent, 2), "length": stage.length,
-            "answer": round(answer, 4), "prose": round(prose, 4), "exact": round(score, 4),
-            "tokens": self.seen,
+            **{name: round(mean, 4) for name, mean in means.items()},
+            "exact": round(score, 4), "tokens": self.seen,
         }  # fmt: skip
         with (self.args.out / "log.jsonl").open("a") as log:
             log.write(json.dumps(row) + "\n")
@@ -248,6 +290,8 @@ class Run:
 
     def save(self) -> None:
         self.model.save_pretrained(self.args.out)
+        if self.restated is not None:
+            save_file({"restated": self.restated}, self.args.out / RESTATED)
         state = {
             "model": self.model.state_dict(),
             "optimizers": [o.state_dict() for o in self.optimizers],
@@ -273,6 +317,7 @@ def main() -> None:
     p.add_argument("--resume", action="store_true")
     p.add_argument("--init", type=Path, help="start from this folder's weights")
     p.add_argument("--prefer-recent", action="store_true", help="see structured_init.py")
+    p.add_argument("--second-lookup", action="store_true", help="see second_lookup.py")
     p.add_argument("--compile", action="store_true")
     integers = {
         "d": 256, "ff": 512, "layers": 4, "heads": 6, "kv_heads": 2, "head_dim": 64,
@@ -280,6 +325,7 @@ def main() -> None:
     }  # fmt: skip
     numbers = {
         "theta": 1e6, "lr": 1e-3, "decay": 0.6, "final": 0.03, "prose_weight": 0.3, "advance": 0.97,
+        "lookup_weight": 0.1,
     }  # fmt: skip
     for name, value in {**integers, **numbers}.items():
         p.add_argument("--" + name.replace("_", "-"), type=type(value), default=value)

@@ -66,8 +66,8 @@ class Fact:
         values = list(self.current)
         if split == "train":
             rng.shuffle(values)
-        fields["v"] = ", ".join(values)
-        return question, "The special magic {a}s for {s} are {v}.".format(**fields)
+        pairs = ", ".join(f"{self.subject} is {v}" for v in values)
+        return question, f"The special magic {self.attribute}s: {pairs}."
 
 
 def say(rng: random.Random, split: Split, forms: Forms, **slots: str) -> str:

@@ -61,7 +61,21 @@ GRAMMAR: dict[str, tuple[str, ...]] = {
     "is": (
         "is", "is", "is", "is", "is", "is", "was", "will be", "must be", "should be", "is still",
         "is just", "reads", "is set to", "is really", "is surely", "is simply", "would be",
-        "can only be", "is written", "comes out as", "remains", "shall be", "has to be",
+        "can only be", "is written", "comes out as", "remains", "shall be", "has to be", "<verb>",
+        "<verb>", "<verb>", "<verb>", "<verb>", "<verb>", "<verb>", "<verb>",
+    ),
+    # Many, so that a model learns that any verb may stand before a value.
+    "verb": (
+        "equals", "stands at", "happens to be", "proved to be", "ended up as", "appears to be",
+        "came to be", "means", "goes by", "went to", "got to", "grew to", "makes", "runs",
+        "seems to be", "looks like", "counts as", "ought to be", "might be", "may be", "could be",
+        "has been", "had been", "gives", "gave", "shows", "showed", "said", "says", "names",
+        "stayed", "stays", "keeps to", "kept to", "fell to", "rose to", "begins", "began as",
+        "ends as", "ended at", "was made", "was called", "was named", "was found as", "sits at",
+        "rests on", "rested on", "points to", "pointed to", "leads to", "led to", "drew", "struck",
+        "opened as", "closed at", "passed to", "held at", "fits", "carried", "carries", "took on",
+        "bore", "bears", "wore", "read", "spelled", "sounded like", "sounds like", "turned to",
+        "turned into", "was put at", "was set to", "jumped to", "slipped to", "settled on",
     ),
     "sep": (", ", ": ", " - ", "; "),
     "about": ("about", "for", "with", "regarding", "concerning", "under", "speaking of"),
@@ -105,6 +119,7 @@ GRAMMAR: dict[str, tuple[str, ...]] = {
     "isnow": (
         "is now", "is now", "is", "is", "is from today", "has changed to", "was changed to",
         "is instead", "will be", "is really", "has turned into", "is today", "changes to",
+        "<verb>", "<verb>", "<verb>", "<verb>", "<verb>",
     ),
     # Needles.
     "magic": (
@@ -134,7 +149,9 @@ GRAMMAR: dict[str, tuple[str, ...]] = {
     ),
     "livesnow": (
         "has moved to", "lives now in", "now lives in", "has gone to live in", "left for",
-        "is now in", "went away to", "lives in", "took a house in", "has settled in",
+        "is now in", "went away to", "lives in", "took a house in", "has settled in", "went to",
+        "travelled to", "fled to", "ran off to", "came to", "sailed to", "turned to", "returned to",
+        "retired to", "drove to", "belongs to", "married in", "was sent to", "walked to",
     ),
     "city": ("city", "town", "place"),
     "where": (

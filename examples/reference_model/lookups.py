@@ -1,0 +1,137 @@
+"""Where the words of an answer were told: what attention in the last layer should find.
+
+A model of this size takes hours to learn that the newest of two matching statements wins, if
+the loss on its answers is the only teacher. The generated dialogues know which token of which
+statement each answer copies, so training can also ask the last layer's heads to look there
+(`lookup_loss`), and the layer before it to know a restated value when it reads one.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import Qwen3ForCausalLM
+from transformers.models.qwen3.modeling_qwen3 import apply_rotary_pos_emb
+
+from still_agent.evaluation.dialogues import Dialogue
+from still_agent.evaluation.facts import Fact
+
+NEAR = 150  # characters between a value and the subject that it belongs to, at most
+
+
+@dataclass
+class Lookups:
+    """Of a batch: (row, asking token, told tokens), and (row, told token, is it restated)."""
+
+    copies: list[tuple[int, int, list[int]]] = field(default_factory=list)
+    told: list[tuple[int, int, bool]] = field(default_factory=list)
+
+    def add(self, row: int, words: Sequence[str], talk: Dialogue) -> None:
+        """Those of `talk`, whose tokens read as `words` and were cut off at the row's end."""
+        starts = [0]
+        for word in words:
+            starts.append(starts[-1] + len(word))
+        text = "".join(words)
+
+        def token(at: int) -> int:
+            return bisect_right(starts, at) - 1
+
+        asked = text.find(talk.exam[0].text) if talk.exam else len(text)
+        places: dict[tuple[int, int], int] = {}
+        for fact in talk.facts:
+            at = 0
+            for i, value in enumerate(fact.values):
+                at = told_at(text[:asked], fact, value, at)
+                if at < 0:
+                    break
+                places[id(fact), i] = token(at)
+                self.told.append((row, token(at), i > 0))
+                at += 1
+        at = asked
+        for question in talk.exam:
+            at = text.find(question.answer, max(text.find(question.text, at), at))
+            fact = question.fact
+            if at < 0:
+                return
+            if fact is None:
+                continue
+            first = len(fact.values) - 1 if fact.corrected else 0
+            left = {
+                v: places[id(fact), i]
+                for i, v in enumerate(fact.values) if i >= first and (id(fact), i) in places
+            }  # fmt: skip
+            if len(left) < len(fact.current):
+                continue
+            for value in sorted(left, key=lambda v: text.find(v, at)):
+                here = token(text.find(value, at))
+                self.copies.append((row, here - 1, list(left.values())))
+                there, more = left.pop(value), 1
+                while (
+                    starts[here + more] < text.find(value, at) + len(value)
+                    and words[here + more] == words[there + more]
+                ):
+                    self.copies.append((row, here + more - 1, [there + more]))
+                    more += 1
+
+
+def told_at(text: str, fact: Fact, value: str, start: int) -> int:
+    """Where `text` tells `value` of `fact`, from `start` on, or -1."""
+    at = text.find(value, start)
+    while at >= 0 and fact.subject not in text[max(0, at - NEAR) : at + NEAR]:
+        at = text.find(value, at + 1)
+    return at
+
+
+def lookup_loss(
+    model: Qwen3ForCausalLM, n: int, x: Tensor, lookups: Lookups, *, every_head: bool
+) -> Tensor:
+    """Mean negative log of the attention that layer `n` pays to what it should copy.
+
+    Of every head, or of the heads' mean, which lets them divide the work. `x` (B, T, D): what
+    the layer reads.
+    """
+    if not lookups.copies:
+        return x.new_zeros(())
+    layer = model.model.layers[n]
+    attention, d = layer.self_attn, model.config.head_dim
+    h = layer.input_layernorm(x)
+    rows = torch.tensor([c[0] for c in lookups.copies])
+    asks = torch.tensor([c[1] for c in lookups.copies])
+    q = attention.q_norm(attention.q_proj(h[rows, asks]).unflatten(-1, (-1, d)))  # (n, H, d)
+    k = attention.k_norm(attention.k_proj(h).unflatten(-1, (-1, d)))  # (B, T, G, d)
+    cos, sin = model.model.rotary_emb(h, torch.arange(x.shape[1])[None])
+    k = apply_rotary_pos_emb(k, k, cos, sin, unsqueeze_dim=2)[1]
+    q = apply_rotary_pos_emb(q, q, cos[0, asks], sin[0, asks], unsqueeze_dim=1)[0]
+    logits = torch.empty(len(rows), q.shape[1], x.shape[1])
+    for b in range(len(x)):
+        mine = rows == b
+        per_group = q[mine].unflatten(1, (k.shape[2], -1))
+        found = torch.einsum("nghd,tgd->nght", per_group, k[b]).flatten(1, 2)
+        logits[mine] = found.float() * d**-0.5
+    future = torch.arange(x.shape[1]) > asks[:, None]
+    logits = logits.masked_fill(future[:, None], float("-inf")).log_softmax(-1)
+    right = torch.zeros(len(rows), x.shape[1], dtype=torch.bool)
+    for row, (_, _, told) in enumerate(lookups.copies):
+        right[row, told] = True
+    found = logits.masked_fill(~right[:, None], float("-inf")).logsumexp(-1)  # (n, H)
+    if every_head:
+        return -found.mean()
+    return -(found.logsumexp(-1) - math.log(found.shape[-1])).mean()
+
+
+def restated_loss(x: Tensor, restated: Tensor, lookups: Lookups) -> Tensor:
+    """Cross-entropy of "this value was told before" with what `x` (B, T, D) says of it.
+
+    `restated` (D,) is the direction in which the normed stream should hold that logit.
+    """
+    rows = torch.tensor([t[0] for t in lookups.told])
+    places = torch.tensor([t[1] for t in lookups.told])
+    target = torch.tensor([float(t[2]) for t in lookups.told])
+    logit = F.rms_norm(x[rows, places].float(), x.shape[-1:], eps=1e-6) @ restated
+    return F.binary_cross_entropy_with_logits(logit, target)
