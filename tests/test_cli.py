@@ -113,6 +113,28 @@ def test_ctrl_c_in_mid_reply_undoes_the_turn_and_the_chat_goes_on(
     assert re.search(r"\bturns 0$", said, re.MULTILINE), said
 
 
+def test_a_chat_goes_on_after_its_session_was_deleted_elsewhere(
+    tmp_path: Path, tiny_folder: Path
+) -> None:
+    at = ["--store", str(tmp_path / "s.db")]
+    model = ["--model", str(tiny_folder), "--max-tokens", "4", "--system", "Be brief."]
+    talk = subprocess.Popen(
+        [sys.executable, "-u", "-m", "still_agent", "chat", *at, *model, *TINY_SLOTS],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": PATHS},
+    )  # fmt: skip
+    with talk:
+        assert talk.stdin is not None and talk.stdout is not None
+        talk.stdin.write("hello\n/stats\n")
+        talk.stdin.flush()
+        assert any(re.search(r"\bturns 3$", line.rstrip()) for line in talk.stdout)
+        assert still_agent("sessions", "delete", "default", "--yes", *at).returncode == 0
+        said, _ = talk.communicate("one\ntwo\n/stats\n/quit\n", timeout=60)
+    assert talk.returncode == 0
+    assert said.count("opened anew") == 1  # "one" is lost, and said so; "two" is not
+    assert re.search(r"\bturns 3$", said, re.MULTILINE), said
+
+
 def test_bytes_that_are_no_utf8_cost_their_line(tmp_path: Path, tiny_folder: Path) -> None:
     done = chat(tiny_folder, tmp_path / "s.db", b"caf\xe9\n/read caf\xe9.txt\nhello\n")
     assert done.exit_code == 0, done.output
