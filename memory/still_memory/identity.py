@@ -6,10 +6,15 @@ Checked before a tensor is touched. A mismatch names the fields that differ.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict
 
 from still_memory.errors import IdentityError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Identity(BaseModel):
@@ -61,3 +66,15 @@ class CompactorIdentity(Identity):
     method: str
     config: str
     weights: str = ""
+
+
+def weights_digest(weights: Mapping[str, Tensor]) -> str:
+    """One digest of named tensors: names, dtypes, shapes and bytes."""
+    import torch  # late: names and errors do not need it
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(weights.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -23,7 +23,7 @@ from still_agent.models import attention
 from still_agent.models.cache import LiveCache
 from still_agent.models.tokenizers import Tokenizer
 from still_memory.errors import BudgetError, InputError
-from still_memory.identity import ModelIdentity
+from still_memory.identity import ModelIdentity, weights_digest
 
 # What of a config shapes a KV cache. Named one by one, because the whole of it also holds
 # versions, paths and defaults that come and go between releases of transformers.
@@ -74,7 +74,7 @@ class FrozenModel:
         """Digests of all that shapes a cache. Reads every weight, once."""
         return ModelIdentity(
             name=self.name,
-            weights=_weights_digest(self.model),
+            weights=weights_digest(self.model.state_dict()),
             config=_config_digest(self.model),
             tokenizer=self.tokenizer.digest,
             template=self.tokenizer.template_digest,
@@ -152,15 +152,6 @@ def _require_fixed_frequencies(model: Qwen3ForCausalLM) -> None:
         )
     if 2 * held.shape[-1] != model.config.head_dim:
         raise InputError("RoPE on a part of each head is not supported; use a stock Qwen3")
-
-
-def _weights_digest(model: Qwen3ForCausalLM) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        digest.update(data.numpy().data)
-    return digest.hexdigest()
 
 
 def _config_digest(model: Qwen3ForCausalLM) -> str:

@@ -7,7 +7,6 @@ model it was trained against) and `model.safetensors`.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -23,7 +22,7 @@ from still_memory.compactors.still.config import StillConfig
 from still_memory.compactors.still.perceiver import Perceiver
 from still_memory.compactors.still.scorer import Scorer
 from still_memory.errors import CompactorError, InputError
-from still_memory.identity import CompactorIdentity, ModelIdentity
+from still_memory.identity import CompactorIdentity, ModelIdentity, weights_digest
 from still_memory.span import Slots, Span
 
 
@@ -234,14 +233,10 @@ class StillCompactor(nn.Module):
     @property
     def identity(self) -> CompactorIdentity:
         if self._identity is None:
-            digest = hashlib.sha256()
-            for name, tensor in sorted(self.state_dict().items()):
-                digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-                digest.update(
-                    tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-                )
             self._identity = CompactorIdentity(
-                method="still", config=self.config.model_dump_json(), weights=digest.hexdigest()
+                method="still",
+                config=self.config.model_dump_json(),
+                weights=weights_digest(self.state_dict()),
             )
         return self._identity
 

@@ -24,22 +24,25 @@ from torch import Tensor, nn
 EPSILON = 1e-3  # of RMSNorm: the bank starts at zero, where a smaller one makes gradients explode
 LEAK = 1e-8  # most weight that an untrained latent may give to all tokens outside its cell
 LONGEST = 1 << 17  # tokens over which that holds
-IN_CACHE = 1 << 20  # numbers that pass through a chain of maps at once, so that they stay on chip
+IN_CACHE = 1 << 21  # numbers that a CPU passes through a chain of maps at once: they stay on chip
+ON_DEVICE = 1 << 26  # the same elsewhere, where fewer and larger steps are better
 
 
-def rotate(x: Tensor, cells: Tensor, stride: float, base: float) -> Tensor:
-    """RoPE: neighbouring pairs of `x` (..., w) turn by `cells` (...) * stride.
+def turns(cells: Tensor, width: int, stride: float, base: float) -> Tensor:
+    """RoPE's angles at `cells` (...) * stride, as unit complex numbers (..., width / 2).
 
-    As complex numbers, since this pass over a whole cache is bound by memory; cells are whole
-    numbers, so that their angles are computed once each.
+    Cells are whole numbers, so that each one's angles are computed once.
     """
-    width = x.shape[-1]
-    frequency = base ** -(torch.arange(0, width, 2, device=x.device) / width)
+    frequency = base ** -(torch.arange(0, width, 2, device=cells.device) / width)
     cells = cells.long()
-    angle = torch.arange(int(cells.max()) + 1, device=x.device)[:, None] * stride * frequency
-    turn = torch.polar(torch.ones_like(angle), angle)[cells]  # (..., w / 2)
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * turn).flatten(-2).to(x.dtype)
+    angle = torch.arange(int(cells.max()) + 1, device=cells.device)[:, None] * stride * frequency
+    return torch.polar(torch.ones_like(angle), angle)[cells]
+
+
+def rotate_(x: Tensor, turn: Tensor) -> Tensor:
+    """Neighbouring pairs of `x` (..., w), fp32, in place: memory is the bound, so one pass."""
+    torch.view_as_complex(x.unflatten(-1, (-1, 2))).mul_(turn)
+    return x
 
 
 def routing_scale(width: int, base: float, stride: float) -> float:
@@ -89,29 +92,40 @@ class CrossAttention(nn.Module):
         (B,H or 1,S), log mass (B,H,S).
 
         What is linear is moved to where it is cheap: the unit of the tokens into the key map, and
-        to the t that are mixed; the value map likewise.
+        to the t that are mixed; the value map likewise; the length of a key to its logits. Keys
+        are made and read part by part, so that none is ever written to memory. (A fused kernel
+        for heads this wide was slower: docs/results.md.)
         """
         q = F.normalize(self.query(latents), dim=-1) * self.scale
-        q = rotate(q, at_latent, self.stride, self.base)
+        q = rotate_(q.float(), self._turns(at_latent, latents.shape[-1])).to(tokens.dtype)
         to_key = (self.key.weight / unit).mT
-        rows = max(1, IN_CACHE // tokens[:, :, 0].numel())
-        k = torch.cat(
-            [
-                self._keys(part, to_key, cells)
-                for part, cells in zip(
-                    tokens.split(rows, dim=2), at_token.split(rows, dim=2), strict=True
-                )
-            ],
-            dim=2,
-        )
-        mixed = F.scaled_dot_product_attention(
-            q, k, tokens, attn_mask=mass[:, :, None].to(q.dtype), scale=1.0
-        )
-        return self.out(self.value(mixed / unit))
+        size = IN_CACHE if tokens.device.type == "cpu" else ON_DEVICE
+        rows = max(1, size // tokens[:, :, 0].numel())
+        weighs = bool(mass.any())
+        total = mixed = torch.zeros((), device=tokens.device)
+        most = torch.full((*q.shape[:-1], 1), torch.finfo(torch.float32).min, device=q.device)
+        for first in range(0, tokens.shape[2], rows):  # softmax as it goes (arXiv 1805.02867)
+            part = tokens[:, :, first : first + rows]
+            keys = (part @ to_key).float()
+            keys += self.key.bias
+            turn = self._turns(at_token[:, :, first : first + rows], part.shape[-1])
+            rotate_(keys, turn)
+            length = keys.norm(dim=-1).clamp(min=1e-12)
+            logits = (q @ keys.to(q.dtype).mT).float()
+            logits /= length[:, :, None]
+            if weighs:
+                logits += mass[:, :, None, first : first + rows]
+            with torch.no_grad():
+                before, most = most, torch.maximum(most, logits.amax(-1, keepdim=True))
+                fade = (before - most).exp_()
+            logits -= most
+            weights = logits.exp_()
+            total = total * fade + weights.sum(-1, keepdim=True)
+            mixed = mixed * fade + weights.to(part.dtype) @ part
+        return self.out(self.value((mixed / total).to(part.dtype) / unit))
 
-    def _keys(self, tokens: Tensor, to_key: Tensor, cells: Tensor) -> Tensor:
-        keys = F.normalize(tokens @ to_key + self.key.bias, dim=-1)
-        return rotate(keys, cells, self.stride, self.base)
+    def _turns(self, cells: Tensor, width: int) -> Tensor:
+        return turns(cells, width, self.stride, self.base)
 
 
 class SelfAttention(nn.Module):
