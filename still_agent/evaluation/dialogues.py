@@ -141,7 +141,7 @@ def dialogue(
     manner = rng.choice(("read", "chat", "mixed"))
     alone = {"read": 0.0, "chat": 1.0, "mixed": 0.5}[manner]
     sentences = prose.passage(rng, chars) if chars > 0 else []
-    merged = [(rng_place, text, None) for rng_place, text in _spread(sentences)]
+    merged = [(rng_place, text, None) for rng_place, text in spread(sentences)]
     stream = sorted([*merged, *((p, s, f) for p, s, f in statements)], key=lambda x: x[0])
     context: list[Line] = []
     if rng.random() < 0.7:
@@ -170,7 +170,7 @@ def dialogue(
     return Dialogue(context, exam, list(told))
 
 
-def _spread(sentences: Sequence[str]) -> list[tuple[float, str]]:
+def spread(sentences: Sequence[str]) -> list[tuple[float, str]]:
     total = sum(map(len, sentences)) or 1
     places, so_far = [], 0
     for s in sentences:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import NamedTuple
 
-from still_agent.evaluation.dialogues import CHARS_PER_TOKEN, Prose, Question, _spread
+from still_agent.evaluation.dialogues import CHARS_PER_TOKEN, Prose, Question, spread
 from still_agent.evaluation.facts import Fact, facts
 
 BOOK = "The Wonderful Wizard of Oz, L. Frank Baum (1900)"
@@ -114,7 +114,7 @@ def trajectory(script: Script) -> Trajectory:
     rng = random.Random(script.seed)
     told = facts(rng, "held_out", script.told, corrected=script.corrected, multi=0.0)
     places = _places(rng, told)
-    events = [_Event(p, s, False) for p, s in _spread(_sentences(script))]
+    events = [_Event(p, s, False) for p, s in spread(_sentences(script))]
     for fact, at in zip(told, places, strict=True):
         for index, place in enumerate(at):
             events.append(_Event(place, fact.state(rng, index, "held_out"), True))
