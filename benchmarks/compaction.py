@@ -94,7 +94,7 @@ def main() -> None:
         still = StillCompactor(
             StillConfig(layers=28, kv_heads=8, head_dim=128),
             ModelIdentity(name="", weights="", config="", tokenizer="", template="", dtype=""),
-        ).eval().requires_grad_(False)  # fmt: skip
+        ).to(dtype).eval().requires_grad_(False)  # fmt: skip
         tokens, slots = args.tokens or 8192, args.slots or 164
         repeat = 1 if args.tokens is None else args.repeat
     ids = torch.randint(300, 4000, (1, tokens))

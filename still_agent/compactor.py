@@ -41,4 +41,6 @@ def choose_compactor(
         raise CompactorError(
             f"there is no compactor {str(choice)!r}: give a folder that training wrote, {_METHODS}"
         )
-    return StillCompactor.load(choice, model.identity).to(model.device)
+    still = StillCompactor.load(choice, model.identity).to(model.device)
+    still.perceivers.to(model.dtype)  # not the scorer: its logits must stay apart
+    return still

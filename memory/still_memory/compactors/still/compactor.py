@@ -183,7 +183,7 @@ class StillCompactor(nn.Module):
         if self.config.settled:
             for new, old in ((written.keys, kept.keys), (written.values, kept.values)):
                 for n, settled in enumerate(kept.settled[..., None]):
-                    new[n] = torch.where(settled, old[n].to(new[n].dtype), new[n])
+                    new[n] = torch.where(settled, old[n], new[n].to(old[n].dtype))
             written.bias = torch.where(kept.settled, kept.bias, written.bias)
         written.bias = written.bias.masked_fill(kept.bias == -torch.inf, -torch.inf)
         written.positions, written.mass, written.salience = kept.positions, kept.mass, kept.salience

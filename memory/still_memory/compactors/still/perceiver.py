@@ -200,7 +200,7 @@ class Perceiver(nn.Module):
         last = self.bank.shape[1] - 1
         at = where.clamp(0, 1) * last
         low = at.floor().long().clamp(max=last - 1)
-        fraction = (at - low)[..., None]
+        fraction = (at - low)[..., None].to(self.bank.dtype)
         head = torch.arange(self.bank.shape[0], device=where.device)[:, None]
         return torch.lerp(self.bank[head, low], self.bank[head, low + 1], fraction)
 
