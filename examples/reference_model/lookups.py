@@ -22,14 +22,18 @@ from transformers.models.qwen3.modeling_qwen3 import apply_rotary_pos_emb
 from still_agent.evaluation.dialogues import Dialogue
 from still_agent.evaluation.facts import Fact
 
+Look = tuple[int, int, list[int]]
 NEAR = 150  # characters between a value and the subject that it belongs to, at most
 
 
 @dataclass
 class Lookups:
-    """Of a batch: (row, asking token, told tokens), and (row, told token, is it restated)."""
+    """Of a batch: what is to be copied and what this answer has said, (row, asking token, their
+    tokens), and what was told, (row, token, is it restated).
+    """
 
-    copies: list[tuple[int, int, list[int]]] = field(default_factory=list)
+    copies: list[Look] = field(default_factory=list)
+    said: list[Look] = field(default_factory=list)
     told: list[tuple[int, int, bool]] = field(default_factory=list)
 
     def add(self, row: int, words: Sequence[str], talk: Dialogue) -> None:
@@ -68,8 +72,12 @@ class Lookups:
             }  # fmt: skip
             if len(left) < len(fact.current):
                 continue
+            said: list[int] = []
             for value in sorted(left, key=lambda v: text.find(v, at)):
                 here = token(text.find(value, at))
+                if said:
+                    self.said.append((row, here - 1, list(said)))
+                said.append(here)
                 self.copies.append((row, here - 1, list(left.values())))
                 there, more = left.pop(value), 1
                 while (
@@ -89,20 +97,21 @@ def told_at(text: str, fact: Fact, value: str, start: int) -> int:
 
 
 def lookup_loss(
-    model: Qwen3ForCausalLM, n: int, x: Tensor, lookups: Lookups, *, every_head: bool
-) -> Tensor:
-    """Mean negative log of the attention that layer `n` pays to what it should copy.
+    model: Qwen3ForCausalLM, n: int, x: Tensor, looks: Sequence[Look], *,
+    heads: slice = slice(None), every_head: bool = False,
+) -> Tensor:  # fmt: skip
+    """Mean negative log of the attention that `heads` of layer `n` pay to the tokens of `looks`.
 
     Of every head, or of the heads' mean, which lets them divide the work. `x` (B, T, D): what
     the layer reads.
     """
-    if not lookups.copies:
+    if not looks:
         return x.new_zeros(())
     layer = model.model.layers[n]
     attention, d = layer.self_attn, model.config.head_dim
     h = layer.input_layernorm(x)
-    rows = torch.tensor([c[0] for c in lookups.copies])
-    asks = torch.tensor([c[1] for c in lookups.copies])
+    rows = torch.tensor([look[0] for look in looks])
+    asks = torch.tensor([look[1] for look in looks])
     q = attention.q_norm(attention.q_proj(h[rows, asks]).unflatten(-1, (-1, d)))  # (n, H, d)
     k = attention.k_norm(attention.k_proj(h).unflatten(-1, (-1, d)))  # (B, T, G, d)
     cos, sin = model.model.rotary_emb(h, torch.arange(x.shape[1])[None])
@@ -117,9 +126,9 @@ def lookup_loss(
     future = torch.arange(x.shape[1]) > asks[:, None]
     logits = logits.masked_fill(future[:, None], float("-inf")).log_softmax(-1)
     right = torch.zeros(len(rows), x.shape[1], dtype=torch.bool)
-    for row, (_, _, told) in enumerate(lookups.copies):
+    for row, (_, _, told) in enumerate(looks):
         right[row, told] = True
-    found = logits.masked_fill(~right[:, None], float("-inf")).logsumexp(-1)  # (n, H)
+    found = logits.masked_fill(~right[:, None], float("-inf")).logsumexp(-1)[:, heads]  # (n, H)
     if every_head:
         return -found.mean()
     return -(found.logsumexp(-1) - math.log(found.shape[-1])).mean()

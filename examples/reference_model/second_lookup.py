@@ -44,12 +44,12 @@ def lay_second_lookup(model: Qwen3ForCausalLM, samples: Sequence[Sample], seed: 
     g = torch.Generator().manual_seed(seed)
     carrier, chooser = model.model.layers[-2:]
     embedding = model.model.embed_tokens.weight
-    early, late = _streams(model, samples)
-    probe = _logistic(
-        _unit(_picked(early, [[place - 1 for _, place, _ in x.told] for _, x in samples])),
+    early, late = stream(model, samples, -3), stream(model, samples, -2)
+    probe = logistic(
+        unit(picked(early, [[place - 1 for _, place, _ in x.told] for _, x in samples])),
         torch.tensor([float(again) for _, x in samples for _, _, again in x.told]),
     )
-    used = _unit(torch.cat(late))
+    used = unit(torch.cat(late))
     used = used.T @ used / len(used)
     spoken = embedding.T @ embedding / embedding.square().sum()
     restated = torch.linalg.eigh(used + 4 * len(used) * spoken).eigenvectors[:, 0]
@@ -57,37 +57,36 @@ def lay_second_lookup(model: Qwen3ForCausalLM, samples: Sequence[Sample], seed: 
     base = model.config.rope_parameters["rope_theta"]
     _carry(carrier.self_attn, torch.cat(early), probe, restated, base, g)
 
-    _, late = _streams(model, samples)
-    asking = _unit(_picked(late, [[ask for _, ask, _ in x.copies] for _, x in samples]))
-    told = _unit(_picked(late, [[told[0] for _, _, told in x.copies] for _, x in samples]))
+    late = stream(model, samples, -2)
+    asking = unit(picked(late, [[ask for _, ask, _ in x.copies] for _, x in samples]))
+    told = unit(picked(late, [[told[0] for _, _, told in x.copies] for _, x in samples]))
     chooser.input_layernorm.weight.fill_(1.0)
-    _choose(chooser.self_attn, _unit(torch.cat(late)), restated, asking, told, g)
-    _copy(chooser.self_attn, embedding, VOICE * _length(late) / 16, g)
+    _choose(chooser.self_attn, unit(torch.cat(late)), restated, asking, told, g)
+    copying(chooser.self_attn, embedding, VOICE * length_of(late) / 16, g)
     return restated
 
 
-def _streams(
-    model: Qwen3ForCausalLM, samples: Sequence[Sample]
-) -> tuple[list[Tensor], list[Tensor]]:
-    """What the last two layers read, (T, D) for each sample."""
-    states = [model.model(ids, output_hidden_states=True).hidden_states for ids, _ in samples]
-    return [s[-3][0] for s in states], [s[-2][0] for s in states]
+def stream(model: Qwen3ForCausalLM, samples: Sequence[Sample], layer: int) -> list[Tensor]:
+    """What stands before the model's last norm (-1), before its last layer (-2), ...: (T, D)."""
+    return [
+        model.model(ids, output_hidden_states=True).hidden_states[layer][0] for ids, _ in samples
+    ]
 
 
-def _picked(streams: Sequence[Tensor], places: Sequence[Sequence[int]]) -> Tensor:
+def picked(streams: Sequence[Tensor], places: Sequence[Sequence[int]]) -> Tensor:
     return torch.cat([x[list(at)] for x, at in zip(streams, places, strict=True)])
 
 
-def _unit(x: Tensor) -> Tensor:
+def unit(x: Tensor) -> Tensor:
     return F.rms_norm(x, x.shape[-1:], eps=1e-6)
 
 
-def _length(streams: Sequence[Tensor]) -> float:
+def length_of(streams: Sequence[Tensor]) -> float:
     """Of the stream, in units of a normed one's."""
     return float(torch.cat(list(streams)).norm(dim=-1).mean()) / streams[0].shape[-1] ** 0.5
 
 
-def _constant(x: Tensor) -> Tensor:
+def constant_reading(x: Tensor) -> Tensor:
     """A reading (D,) that is 1 on every row of x (n, D), as nearly as can be."""
     spread = x.T @ x / len(x)
     spread.diagonal().add_(1e-3 * spread.diagonal().mean())
@@ -95,7 +94,7 @@ def _constant(x: Tensor) -> Tensor:
     return reading / (x @ reading).mean()
 
 
-def _logistic(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+def logistic(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Weights (D,) and bias of a logistic regression."""
     weight = torch.zeros(x.shape[1] + 1, requires_grad=True)
     optimizer = torch.optim.LBFGS([weight], max_iter=200)
@@ -112,7 +111,23 @@ def _logistic(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return weight.detach()[:-1], weight.detach()[-1]
 
 
-def _heads(attention: Qwen3Attention) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def canonical(x: Tensor, asking: Tensor, told: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """The `n` leading canonical correlations of `asking` with `told` (m, D): two maps (D, n).
+
+    `x` (T, D), the whole stream, says what is ordinary.
+    """
+    centred = x - x.mean(0)
+    spread = centred.T @ centred / len(x)
+    spread.diagonal().add_(2e-2 * spread.diagonal().mean())
+    values, vectors = torch.linalg.eigh(spread)
+    white = vectors @ values.rsqrt().diag() @ vectors.T
+    shared = (asking - asking.mean(0)).T @ (told - told.mean(0)) / len(told)
+    left, strength, right = torch.linalg.svd(white @ shared @ white)
+    ask, tell = (white @ side[:, :n] * strength[:n].sqrt() for side in (left, right.T))
+    return ask, tell
+
+
+def heads(attention: Qwen3Attention) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Views of q (H, d, D), k (G, d, D), v (G, d, D) and o (D, H, d)."""
     d = attention.head_dim
     q, k, v = (
@@ -122,25 +137,30 @@ def _heads(attention: Qwen3Attention) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return q, k, v, attention.o_proj.weight.unflatten(1, (-1, d))
 
 
+def back(attention: Qwen3Attention, head: int, tokens: int, constant: Tensor, base: float) -> None:
+    """Lets `head` look so many tokens back. `base`: of RoPE."""
+    q, k, _, _ = heads(attention)
+    d = q.shape[1]
+    phase = -tokens * base ** (-torch.arange(0, d, 2).float() / d)[:FAST_PAIRS]
+    k[head // (len(q) // len(k)), :FAST_PAIRS] = constant
+    q[head, :FAST_PAIRS] = phase.cos()[:, None] * constant
+    q[head, d // 2 : d // 2 + FAST_PAIRS] = phase.sin()[:, None] * constant
+
+
 def _carry(
     attention: Qwen3Attention, read: Tensor, probe: tuple[Tensor, Tensor], restated: Tensor,
     base: float, g: torch.Generator,
 ) -> None:  # fmt: skip
-    q, k, v, o = _heads(attention)
+    q, k, v, o = heads(attention)
     d, width = q.shape[1:]
-    half, group = d // 2, len(q) // len(k)
-    turn = base ** (-torch.arange(0, d, 2).float() / d)[:FAST_PAIRS]
-    constant = _constant(_unit(read))
+    constant = constant_reading(unit(read))
     for part in (q, k):
         part.normal_(std=0.02 * width**-0.5, generator=g)
-    k[:, :FAST_PAIRS] = constant
     for h in range(len(q)):
-        phase = -turn * (h % group + 1)
-        q[h, :FAST_PAIRS] = phase.cos()[:, None] * constant
-        q[h, half : half + FAST_PAIRS] = phase.sin()[:, None] * constant
+        back(attention, h, h % (len(q) // len(k)) + 1, constant, base)
     attention.q_norm.weight.fill_(2.0)
     attention.k_norm.weight.fill_(2.0)
-    size = _length([read])
+    size = length_of([read])
     v.normal_(std=width**-0.5, generator=g)
     o.normal_(std=0.02 * d**-0.5 * size, generator=g)
     v[:, 0] = probe[0] + probe[1] * constant
@@ -151,32 +171,24 @@ def _choose(
     attention: Qwen3Attention, x: Tensor, restated: Tensor, asking: Tensor, told: Tensor,
     g: torch.Generator,
 ) -> None:  # fmt: skip
-    q, k, _, _ = _heads(attention)
+    q, k, _, _ = heads(attention)
     d, width = q.shape[1:]
-    centred = x - x.mean(0)
-    spread = centred.T @ centred / len(x)
-    spread.diagonal().add_(2e-2 * spread.diagonal().mean())
-    values, vectors = torch.linalg.eigh(spread)
-    white = vectors @ values.rsqrt().diag() @ vectors.T
-    shared = (asking - asking.mean(0)).T @ (told - told.mean(0)) / len(told)
-    left, strength, right = torch.linalg.svd(white @ shared @ white)
     pairs = torch.arange(SLOW.start, SLOW.stop)
     rows = torch.cat([pairs, pairs + d // 2])
-    n = len(rows)
-    ask, tell = (white @ side[:, :n] * strength[:n].sqrt() for side in (left, right.T))
+    ask, tell = canonical(x, asking, told, len(rows))
     for part, reading in ((q, ask), (k, tell)):
         part.normal_(std=0.01 * width**-0.5, generator=g)
         part[:, rows] = reading.T
     worth = (NATS / 2 * d**0.5) ** 0.5 / CHOICE
-    q[:, NEWEST] = worth * (asking @ ask).norm(dim=-1).mean() / d**0.5 * _constant(x)
+    q[:, NEWEST] = worth * (asking @ ask).norm(dim=-1).mean() / d**0.5 * constant_reading(x)
     k[:, NEWEST] = worth * (told @ tell).norm(dim=-1).mean() / d**0.5 * restated
     attention.q_norm.weight.fill_(CHOICE)
     attention.k_norm.weight.fill_(CHOICE)
 
 
-def _copy(attention: Qwen3Attention, embedding: Tensor, voice: float, g: torch.Generator) -> None:
+def copying(attention: Qwen3Attention, embedding: Tensor, voice: float, g: torch.Generator) -> None:
     """Values read directions in which embeddings differ, outputs say them again."""
-    _, _, v, o = _heads(attention)
+    _, _, v, o = heads(attention)
     d, width = v.shape[1:]
     centred = embedding - embedding.mean(0)
     axes = torch.linalg.eigh(centred.T @ centred).eigenvectors[:, -(3 * width // 8) :]

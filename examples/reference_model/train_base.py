@@ -7,9 +7,9 @@ one needs no torchrun.
 
 A curriculum of context lengths; a stage ends when held-out recall passes `advance` or its
 share of the time is spent. The loss is cross-entropy on answers plus `prose_weight` times
-that on a sample of all other tokens; with a second lookup (`second_lookup.py`), also
-`lookup_weight` times what `lookups.py` asks of attention. Writes a Hugging Face folder,
-`log.jsonl`, and a checkpoint to resume from.
+that on a sample of all other tokens; with a second lookup (`second_lookup.py`, and then
+`look_again.py`), also `lookup_weight` times what `lookups.py` asks of attention. Writes a
+Hugging Face folder, `log.jsonl`, and a checkpoint to resume from.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import os
 import random
 import time
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from look_again import lay_look_again
 from lookups import Lookups, lookup_loss, restated_loss
-from second_lookup import lay_second_lookup
+from second_lookup import Sample, lay_second_lookup
 from still_agent.evaluation import facts
 from still_agent.evaluation.dialogues import Prose, dialogue, render
 from still_agent.evaluation.phrasings import Split
@@ -46,6 +48,7 @@ RESTATED = "restated.safetensors"
 LOOKUP = 1  # the layer that finds statements; the last one chooses among them
 QUESTION_TOKENS = 36  # of a question and its answer, about
 MOST_QUESTIONS = 24
+SHORT = 256  # tokens of a short row
 
 
 def build(args: argparse.Namespace) -> Qwen3ForCausalLM:
@@ -97,6 +100,10 @@ class Stage:
         length, fewest, most, rows, minutes, dense = text.split(",")
         return cls(int(length), int(fewest), int(most), int(rows), float(minutes), float(dense))
 
+    def shortened(self) -> Stage:
+        """As many tokens of short talks: two statements alone are not like two among twenty."""
+        return Stage(SHORT, 1, 5, self.rows * self.length // SHORT, self.minutes, 0.9)
+
 
 def batch(
     rng: random.Random, split: Split, prose: Prose, tokenizer: TiktokenTokenizer, stage: Stage,
@@ -107,7 +114,7 @@ def batch(
     answers = torch.zeros(rows, stage.length, dtype=torch.bool)
     real = torch.zeros(rows, stage.length, dtype=torch.bool)
     lookups = Lookups()
-    hard = {"corrected": 0.5, "multi": 0.2, "shared_names": 0.2} if split == "train" else {}
+    hard = {"corrected": 0.5, "multi": 0.3, "shared_names": 0.2} if split == "train" else {}
     for b in range(rows):
         told = facts.facts(rng, split, rng.randint(stage.fewest, stage.most), **hard)
         asked = min(len(told), MOST_QUESTIONS)
@@ -185,16 +192,23 @@ class Run:
             ids, _, _, _ = batch(sample, "train", self.train, self.tokenizer, stage, stage.rows)
             prefer_recent(self.model, ids)
         if args.second_lookup:
-            sample = random.Random(args.seed)
-            stages = (Stage(1024, 6, 14, 1, 0.0, dense) for dense in (0.0, 1.0) for _ in range(80))
-            rows = [batch(sample, "train", self.train, self.tokenizer, s, 1) for s in stages]
-            self.restated = lay_second_lookup(self.model, [(r[0], r[3]) for r in rows], args.seed)
+            self.restated = lay_second_lookup(self.model, self.samples, args.seed)
+        if args.look_again:
+            lay_look_again(self.model, self.samples, self.restated, args.seed)
         self.optimizers = make_optimizers(self.model, args.lr)
         self.stages = [Stage.parse(text) for text in args.stages.split(";")]
         self.stage = self.step = self.seen = 0
         self.spent = 0.0  # minutes, of the whole run
         self.here = 0.0  # minutes, of this stage
         args.out.mkdir(parents=True, exist_ok=True)
+
+    @cached_property
+    def samples(self) -> list[Sample]:
+        """160 dialogues, half of them without prose."""
+        rng = random.Random(self.args.seed)
+        stages = (Stage(1024, 6, 14, 1, 0.0, dense) for dense in (0.0, 1.0) for _ in range(80))
+        rows = (batch(rng, "train", self.train, self.tokenizer, s, 1) for s in stages)
+        return [(ids, lookups) for ids, _, _, lookups in rows]
 
     @property
     def rate(self) -> float:
@@ -216,7 +230,8 @@ class Run:
             began = self.here
             score = 0.0
             while self.here < stage.minutes and score < self.args.advance:
-                losses.append(self.learn(body, rng, stage))
+                short = self.args.short_every and self.step % self.args.short_every == 0
+                losses.append(self.learn(body, rng, stage.shortened() if short else stage))
                 minutes = agreed((time.time() - clock) / 60)
                 self.spent, self.here = before + minutes, began + minutes
                 if self.step % self.args.every == 0:
@@ -253,13 +268,10 @@ class Run:
             on_answer = F.cross_entropy(F.linear(hidden[answer], head).float(), target[answer])
             on_prose = F.cross_entropy(F.linear(hidden[other], head).float(), target[other])
             loss = on_answer + self.args.prose_weight * on_prose
-            found = chosen = known = torch.zeros(())
+            asked = {}
             if self.restated is not None:
-                at, last = LOOKUP, len(streams) - 1
-                found = lookup_loss(self.model, at, streams[at], lookups, every_head=False)
-                chosen = lookup_loss(self.model, last, streams[last], lookups, every_head=True)
-                known = restated_loss(streams[last], self.restated, lookups)
-                loss = loss + self.args.lookup_weight * (found + chosen + known)
+                asked = self.asked_of_attention(streams, lookups)
+                loss = loss + self.args.lookup_weight * sum(asked.values())
         loss.backward()
         if dist.is_initialized():
             for q in self.model.parameters():
@@ -273,8 +285,22 @@ class Run:
         self.seen += int(real.sum()) * (dist.get_world_size() if dist.is_initialized() else 1)
         return {
             "answer": on_answer.item(), "prose": on_prose.item(),
-            "found": found.item(), "chosen": chosen.item(), "restated": known.item(),
+            **{name: part.item() for name, part in asked.items()},
         }  # fmt: skip
+
+    def asked_of_attention(self, streams: list[Tensor], lookups: Lookups) -> dict[str, Tensor]:
+        """What `lookups.py` makes of the layers' inputs; `streams` as `forward` returns them."""
+        model, copies, last = self.model, lookups.copies, len(streams) - 1
+        again = slice(0, model.config.num_attention_heads // model.config.num_key_value_heads)
+        unsaid = slice(again.stop + 1, None)
+        x, spare = streams[last - 1], last - 1
+        return {
+            "found": lookup_loss(model, LOOKUP, streams[LOOKUP], copies),
+            "again": lookup_loss(model, spare, x, copies, heads=again),
+            "unsaid": lookup_loss(model, spare, x, lookups.said, heads=unsaid),
+            "chosen": lookup_loss(model, last, streams[last], copies, every_head=True),
+            "restated": restated_loss(streams[last], self.restated, lookups),
+        }
 
     def report(self, stage: Stage, losses: list[Losses], score: float) -> None:
         means = {name: sum(x[name] for x in losses) / len(losses) for name in losses[0]}
@@ -318,10 +344,11 @@ def main() -> None:
     p.add_argument("--init", type=Path, help="start from this folder's weights")
     p.add_argument("--prefer-recent", action="store_true", help="see structured_init.py")
     p.add_argument("--second-lookup", action="store_true", help="see second_lookup.py")
+    p.add_argument("--look-again", action="store_true", help="see look_again.py")
     p.add_argument("--compile", action="store_true")
     integers = {
         "d": 256, "ff": 512, "layers": 4, "heads": 6, "kv_heads": 2, "head_dim": 64,
-        "seed": 0, "threads": 2, "every": 50,
+        "seed": 0, "threads": 2, "every": 50, "short_every": 0,
     }  # fmt: skip
     numbers = {
         "theta": 1e6, "lr": 1e-3, "decay": 0.6, "final": 0.03, "prose_weight": 0.3, "advance": 0.97,

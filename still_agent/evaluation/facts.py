@@ -28,6 +28,8 @@ from still_agent.evaluation.phrasings import (
 
 UNMARKED = 0.7  # share of training statements, first ones and corrections alike, told plainly
 
+GLUED = 0.3  # share of training words that are no words
+
 
 @dataclass(frozen=True)
 class Fact:
@@ -147,6 +149,12 @@ def number(rng: random.Random, split: Split, digits: int) -> str:
 
 
 def word(rng: random.Random, split: Split) -> str:
+    """A word. In training some are glued from two, so that any spelling can be copied."""
+    if split == "train" and rng.random() < GLUED:
+        head, tail = rng.choice(words(split)), rng.choice(words(split))
+        glued = head[: rng.randint(2, 5)] + tail[-rng.randint(2, 4) :]
+        if side(glued) == split:
+            return glued
     return rng.choice(words(split))
 
 

@@ -64,8 +64,10 @@ GRAMMAR: dict[str, tuple[str, ...]] = {
         "can only be", "is written", "comes out as", "remains", "shall be", "has to be", "<verb>",
         "<verb>", "<verb>", "<verb>", "<verb>", "<verb>", "<verb>", "<verb>",
     ),
-    # Many, so that a model learns that any verb may stand before a value.
+    # Many, and any word at all, so that a model learns that any verb may stand before a value.
     "verb": (
+        "{w}", "{w}", "{w}", "{w}", "{w}", "{w}", "{w}", "{w}", "{w}", "{w}", "{w}", "{w}",
+        "{w} to", "{w} as", "{w} on", "has {w}", "was {w}", "just {w}", "soon {w}",
         "equals", "stands at", "happens to be", "proved to be", "ended up as", "appears to be",
         "came to be", "means", "goes by", "went to", "got to", "grew to", "makes", "runs",
         "seems to be", "looks like", "counts as", "ought to be", "might be", "may be", "could be",

@@ -43,6 +43,10 @@ def test_a_lookup_points_to_the_same_token_in_the_newest_statement(
     for _, ask, places in lookups.copies:
         assert all(place <= ask for place in places)
         assert ids[ask + 1] in {ids[place] for place in places}
+    values = {place for _, _, places in lookups.copies for place in places}
+    for _, ask, said in lookups.said:  # what this answer gave before was told, and comes no more
+        assert {ids[at] for at in said} <= {ids[at] for at in values}
+        assert ids[ask + 1] not in {ids[at] for at in said} and max(said) < ask
     corrected = sum(f.corrected for f in told)
     assert sum(again for *_, again in lookups.told) >= corrected > 0
     seen = "".join(words)
@@ -72,8 +76,10 @@ def test_training_runs_stops_and_goes_on(tmp_path: Path) -> None:
     stage = "160,3,3,2,0.001,1"  # a step is over the time
     first = train("a", "--stages", stage)
     assert [row["step"] for row in first] == [1] and first[0]["answer"] > 0
-    second = train("b", "--stages", stage, "--init", str(tmp_path / "a"), "--second-lookup")
-    assert second[0]["restated"] > 0 == first[0]["restated"]
+    laid = ("--second-lookup", "--look-again", "--short-every", "1")
+    second = train("b", "--stages", stage, "--init", str(tmp_path / "a"), *laid)
+    assert min(second[0][part] for part in ("restated", "again", "chosen")) > 0
+    assert "restated" not in first[0]
     resumed = train("b", "--stages", f"{stage};{stage}", "--resume")
     assert [row["step"] for row in resumed] == [1, 2]
     assert resumed[1]["restated"] > 0 and resumed[1]["tokens"] > resumed[0]["tokens"]
