@@ -17,6 +17,7 @@ import statistics
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from still_agent.compactor import choose_compactor
 from still_agent.evaluation.dialogues import Prose
@@ -27,23 +28,23 @@ from still_agent.training.dialogue_exams import dialogue_exams
 from still_agent.training.exams import Exams, all_right
 from still_agent.training.student import answer_logits
 from still_agent.training.teacher import teach
-from still_memory.compactors.base import Compactor
+from still_memory.compactors import TRAINING_FREE, Compactor
 from still_memory.compactors.still.compactor import PER_SLOT, Cache
 from still_memory.span import Slots, Span
 
-METHODS = ("still", "streaming", "knorm")
+METHODS = ("still", *TRAINING_FREE)
 DENSITIES = {"1 fact in 100 tokens": 1.0, "1 fact in 40 tokens": 2.5}
 
 
-def spans_of(cache: Cache) -> list[Span]:
-    """Each row of a raw cache as a span."""
+def spans_of(cache: Cache, ids: Tensor) -> list[Span]:
+    """Each row of a raw cache as a span; `ids` (B, S)."""
     rows = []
     for b in range(cache.bias.shape[1]):
         layers = tuple(
             Slots(k[b], v[b], p[b])
             for k, v, p in zip(cache.keys, cache.values, cache.positions, strict=True)
         )
-        rows.append(Span(0, cache.slots, layers, rotated_at=None))
+        rows.append(Span(0, cache.slots, layers, rotated_at=None, ids=tuple(ids[b].tolist())))
     return rows
 
 
@@ -74,12 +75,13 @@ def main() -> None:
     p.add_argument("--rows", type=int, default=8)
     p.add_argument("--seeds", type=int, default=3)
     p.add_argument("--ratios", type=int, nargs="+", default=[4, 8, 16, 32])
+    p.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     p.add_argument("--json", type=Path)
     args = p.parse_args()
     frozen = load_model(args.model)
     compactors: dict[str, Compactor] = {
         name: choose_compactor(args.compactor if name == "still" else name, args.model, frozen)
-        for name in METHODS
+        for name in args.methods
     }
     prose = Prose([book()])
     found = []
@@ -93,7 +95,7 @@ def main() -> None:
             )
             lesson = teach(frozen, exams)
             full.append(lesson.right[0] / lesson.right[1])
-            spans = spans_of(lesson.cache)
+            spans = spans_of(lesson.cache, exams.context)
             for ratio in args.ratios:
                 for name, compactor in compactors.items():
                     short = stacked([compactor.compact([s], args.length // ratio) for s in spans])
@@ -102,7 +104,7 @@ def main() -> None:
         print(f"{title}, {args.length} tokens: full cache {spread(full)}")
         for (name, ratio), values in sorted(scores.items()):
             of_full = statistics.mean(values) / statistics.mean(full)
-            print(f"  {name:10} {ratio:3}x  {spread(values)}  {of_full:6.1%} of the full cache")
+            print(f"  {name:20} {ratio:3}x  {spread(values)}  {of_full:6.1%} of the full cache")
             found.append({"density": density, "method": name, "ratio": ratio, "exact": values,
                           "full": full, "share_of_full": of_full})  # fmt: skip
     if args.json:

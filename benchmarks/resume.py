@@ -37,7 +37,7 @@ PAGE = 1_000  # tokens of one message
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--model", default="reference", help="or a folder")
-    parser.add_argument("--compactor", help="a folder, streaming or knorm")
+    parser.add_argument("--compactor", help="a folder or a training-free method")
     parser.add_argument("--tokens", type=int, default=8_000)
     parser.add_argument("--slots", type=int, default=1024)
     parser.add_argument("--schedule", default="rolling", choices=["rolling", "tiered"])

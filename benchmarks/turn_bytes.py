@@ -29,7 +29,7 @@ from still_memory.store import MemoryStore
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--model", default="reference", help="or a folder")
-    parser.add_argument("--compactor", help="a folder, streaming or knorm")
+    parser.add_argument("--compactor", help="a folder or a training-free method")
     parser.add_argument("--tokens", type=int, default=40_000)
     parser.add_argument("--slots", type=int, default=1024)
     parser.add_argument("--schedule", default="rolling", choices=["rolling", "tiered"])

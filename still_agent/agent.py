@@ -71,7 +71,7 @@ class Agent:
         name: "reference", a folder, or a hub id.
         store: a SQLite file, made if it is not there; None keeps conversations in memory only,
             for as long as the agent lives.
-        compactor: a folder that training wrote, "streaming" or "knorm" (no training, any
+        compactor: a folder that training wrote, a name in `TRAINING_FREE` such as "kvzip" (any
             model), or a `Compactor`; None is the one packaged with the reference model.
         on_compaction: called after each compaction, see `events.OnCompaction`.
         keep_checkpoints: how many saved states of a session stay in the store.

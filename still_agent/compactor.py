@@ -11,7 +11,7 @@ from still_memory.compactors.still import StillCompactor
 from still_memory.errors import CompactorError
 
 PACKAGED = Path(__file__).parent / "reference" / "still"
-_METHODS = " or ".join(f'compactor="{name}"' for name in TRAINING_FREE)
+_METHODS = "compactor= " + ", ".join(map(repr, TRAINING_FREE))
 
 
 def choose_compactor(
@@ -36,7 +36,7 @@ def choose_compactor(
     if not isinstance(choice, str | Path):
         return choice
     if isinstance(choice, str) and choice in TRAINING_FREE:
-        return TRAINING_FREE[choice]()
+        return TRAINING_FREE[choice](model)
     if not Path(choice).is_dir():
         raise CompactorError(
             f"there is no compactor {str(choice)!r}: give a folder that training wrote, {_METHODS}"

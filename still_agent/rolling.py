@@ -58,20 +58,20 @@ class RollingState:
         self._on_compaction = on_compaction
         self._schedule = schedule_for(budget, pinned=0)
         self._entries: list[Entry] = []
-        self._open = 0  # newest tokens, in the live cache alone
+        self._open: list[int] = []  # newest tokens, in the live cache alone
 
     # -- what it holds ------------------------------------------------------------------------
 
     @property
     def slots(self) -> int:
         """Slots held, which is also the position of the next token."""
-        return sum(entry.slots for entry in self._entries) + self._open
+        return sum(entry.slots for entry in self._entries) + len(self._open)
 
     @property
     def shares(self) -> dict[Share, int]:
         """Slots held by each share; the open run is of the tail."""
         held = {s: sum(e.slots for e in self._entries if e.share == s) for s in SHARES}
-        held["tail"] += self._open
+        held["tail"] += len(self._open)
         return held
 
     @property
@@ -113,7 +113,7 @@ class RollingState:
                 self._compact()
             n = min(self.free, len(ids) - at, PREFILL)
             logits = self.model.forward(ids[at : at + n], self.cache, self.slots)
-            self._open += n
+            self._open += ids[at : at + n]
             self.length += n
             at += n
         return logits
@@ -141,7 +141,7 @@ class RollingState:
             )
         pinned = sum(e.tokens for e in checkpoint.entries if e.share == "pinned")
         self._schedule = schedule_for(self.budget, pinned)
-        self._entries, self._open = list(checkpoint.entries), 0
+        self._entries, self._open = list(checkpoint.entries), []
         self.length = checkpoint.length
         self._fill()
 
@@ -149,16 +149,16 @@ class RollingState:
 
     def _seal(self, share: Share) -> None:
         """Copy the open run out of the live cache, once, into a raw span."""
-        if not (n := self._open):
+        if not (n := len(self._open)):
             return
         start, base = self.length - n, self.slots - n
         layers = []
         for layer, held in enumerate(self.cache.lengths):
             keys, values = self.cache.raw(layer, held - n, held)  # (H_kv, n, d) views
             layers.append(raw_slots(keys.clone(), values.clone(), start))
-        span = Span(start, self.length, tuple(layers), rotated_at=base)
+        span = Span(start, self.length, tuple(layers), rotated_at=base, ids=tuple(self._open))
         self._entries.append(Entry(span, start, self.length, base, share))
-        self._open = 0
+        self._open = []
 
     def _compact(self) -> None:
         """Do what the schedule plans next; at least one slot is free afterwards."""

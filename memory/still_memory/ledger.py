@@ -9,14 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import sqlite3
-import struct
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
 from pydantic import JsonValue
 
 from still_memory.errors import DamageError, InputError
-from still_memory.records import NewTurn, TurnRecord, check_text, to_json
+from still_memory.records import NewTurn, TurnRecord, check_text, pack_ids, to_json, unpack_ids
 
 
 def digest(key: bytes, purpose: bytes, *parts: bytes | str | int | None) -> bytes:
@@ -99,22 +98,19 @@ def drop(conn: sqlite3.Connection, last: int | None) -> None:
 
 def _row(turn: NewTurn, now: str) -> tuple[str, str, str, bytes, str]:
     """Role, created, usage, tokens and text as they stand in the table."""
-    try:
-        tokens = struct.pack(f"<{len(turn.tokens)}I", *turn.tokens)
-    except struct.error:
-        raise InputError("token ids must be integers from 0 to 2**32 - 1") from None
     created = now
     if turn.created is not None:
         if turn.created.tzinfo is None:
             raise InputError("a turn's time needs a time zone: use datetime.now(UTC)")
         created = turn.created.astimezone(UTC).isoformat()
     role, text = check_text(turn.role, "a turn's role"), check_text(turn.text, "a turn's text")
-    return role, created, to_json(dict(turn.usage), "a turn's usage"), tokens, text
+    return role, created, to_json(dict(turn.usage), "a turn's usage"), pack_ids(turn.tokens), text
 
 
 def _record(
     identity: int, parent: int | None, role: str, created: str, usage: str, ids: bytes, text: str
 ) -> TurnRecord:
-    tokens = list(struct.unpack(f"<{len(ids) // 4}I", ids))
     known: dict[str, JsonValue] = json.loads(usage)
-    return TurnRecord(role, text, tokens, datetime.fromisoformat(created), identity, parent, known)
+    return TurnRecord(
+        role, text, unpack_ids(ids), datetime.fromisoformat(created), identity, parent, known
+    )

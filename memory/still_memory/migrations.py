@@ -25,6 +25,12 @@ def m001_conversations(db: Database) -> None:
     db.conn.execute(f"pragma application_id = {APPLICATION_ID}")
 
 
+@migrations()
+def m002_token_ids(db: Database) -> None:
+    """Raw spans know their tokens, for compactors that read them once more."""
+    db.conn.execute("alter table spans add column ids blob")
+
+
 _M001 = """
 create table meta (
     name text primary key,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -112,3 +113,16 @@ def to_json(value: object, what: str) -> str:
         return json.dumps(value, separators=(",", ":"), allow_nan=False)
     except (TypeError, ValueError) as error:
         raise InputError(f"{what} cannot be written as JSON ({error}); use plain values") from None
+
+
+def pack_ids(ids: Sequence[int]) -> bytes:
+    """Token ids as uint32, little-endian."""
+    try:
+        return struct.pack(f"<{len(ids)}I", *ids)
+    except struct.error:
+        raise InputError("token ids must be integers from 0 to 2**32 - 1") from None
+
+
+def unpack_ids(data: bytes) -> list[int]:
+    """The inverse of `pack_ids`; four bytes an id."""
+    return list(struct.unpack(f"<{len(data) // 4}I", data))

@@ -51,6 +51,7 @@ class Span:
     rotated_at: int | None  # raw: slot i is rotated at position rotated_at + i; None: not rotated
     rounds: int = 0  # compactions behind the oldest token in it; 0 is raw
     compactor: str | None = None  # address of the compactor that wrote it
+    ids: tuple[int, ...] | None = None  # raw: the tokens themselves, where they are known
 
     def __len__(self) -> int:
         """Slots held, counted at the largest layer."""
@@ -79,6 +80,7 @@ class Span:
             end=high,
             layers=tuple(s.cut(a, b) for s in self.layers),
             rotated_at=None if self.rotated_at is None else self.rotated_at + a,
+            ids=None if self.ids is None else self.ids[a:b],
         )
 
     def __str__(self) -> str:

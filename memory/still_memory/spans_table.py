@@ -18,11 +18,13 @@ import torch
 from still_memory.codec import EXACT, decode, encode
 from still_memory.errors import DamageError, InputError, StoreError
 from still_memory.ledger import digest
+from still_memory.records import pack_ids, unpack_ids
 from still_memory.span import Span
 
 MAX_LAYERS = 1024
 
-_Meta = tuple[int, int, int | None, int, str | None]  # start, end, rotated_at, rounds, compactor
+# start, end, rotated_at, rounds, compactor, ids
+_Meta = tuple[int, int, int | None, int, str | None, bytes | None]
 
 
 @dataclass(frozen=True)
@@ -58,11 +60,12 @@ class SpansTable:
         if packed.layers is None:  # known here, and collected since
             packed = self._encode(span, model)
         assert packed.layers is not None
-        size = sum(map(len, packed.layers))
+        meta = _meta(span)
+        size = sum(map(len, packed.layers)) + len(meta[-1] or b"")
         cursor = conn.execute(
-            'insert into spans (address, model, start, "end", rotated_at, rounds, compactor,'
-            " codec, layers, bytes) values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            (packed.address, model_id, *_meta(span), EXACT, len(packed.layers), size),
+            'insert into spans (address, model, start, "end", rotated_at, rounds, compactor, ids,'
+            " codec, layers, bytes) values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (packed.address, model_id, *meta, EXACT, len(packed.layers), size),
         )
         assert cursor.lastrowid is not None
         conn.executemany(
@@ -89,16 +92,16 @@ class SpansTable:
     ) -> Span:
         """The span at `address`, every byte of it checked before it is used."""
         row = conn.execute(
-            'select id, codec, layers, bytes, start, "end", rotated_at, rounds, compactor'
+            'select id, codec, layers, bytes, start, "end", rotated_at, rounds, compactor, ids'
             " from spans where address = ?",
             (address,),
         ).fetchone()
         if row is None:
             raise _damaged(address, "it is missing")
-        identity, codec, layers, size, start, end, rotated_at, rounds, compactor = row
+        identity, codec, layers, size, *rest = row
         if codec != EXACT:
             raise StoreError(f"span {address[:12]} has codec {codec!r}; upgrade still-agent")
-        meta = (start, end, rotated_at, rounds, compactor)
+        meta: _Meta = tuple(rest)
         stored = conn.execute(
             "select id, layer, digest, length(data) from span_layers where span = ?"
             " order by layer limit ?",
@@ -106,7 +109,7 @@ class SpansTable:
         ).fetchall()
         if [r[1] for r in stored] != list(range(layers)) or not 0 < layers <= MAX_LAYERS:
             raise _damaged(address, "its layers are not all there")
-        if sum(r[3] for r in stored) != size:
+        if sum(r[3] for r in stored) + len(meta[-1] or b"") != size:
             raise _damaged(address, "its size is not what was written")
         if self._address(model, meta, [r[2] for r in stored]) != address:
             raise _damaged(address, "its description is not what was written")
@@ -117,7 +120,9 @@ class SpansTable:
             if self._layer_digest(data) != mark:
                 raise _damaged(address, f"layer {layer} does not match its digest")
             slots.append(decode(data, f"layer {layer} of span {address[:12]}", device))
-        span = Span(start, end, tuple(slots), rotated_at, rounds, compactor)
+        start, end, rotated_at, rounds, compactor, packed = meta
+        ids = None if packed is None else tuple(unpack_ids(packed))
+        span = Span(start, end, tuple(slots), rotated_at, rounds, compactor, ids)
         if fault := _fault(span):
             raise _damaged(address, fault)
         self._known[span] = model, address
@@ -134,11 +139,14 @@ class SpansTable:
         return digest(self._key, b"still layer", data)
 
     def _address(self, model: str, meta: _Meta, digests: Iterable[bytes]) -> str:
-        return digest(self._key, b"still span", model, *meta, EXACT, *digests).hex()
+        *known, ids = meta
+        told = [] if ids is None else [ids]  # spans of before m002 have none
+        return digest(self._key, b"still span", model, *known, *told, EXACT, *digests).hex()
 
 
 def _meta(span: Span) -> _Meta:
-    return span.start, span.end, span.rotated_at, span.rounds, span.compactor
+    ids = None if span.ids is None else pack_ids(span.ids)
+    return span.start, span.end, span.rotated_at, span.rounds, span.compactor, ids
 
 
 def _fault(span: Span) -> str | None:
@@ -149,6 +157,8 @@ def _fault(span: Span) -> str | None:
         return f"it stands for tokens [{span.start}, {span.end}), round {span.rounds}"
     if span.raw and any(len(slots) != span.tokens for slots in span.layers):
         return "a raw span has one slot a token in every layer"
+    if span.ids is not None and not (span.raw and len(span.ids) == span.tokens):
+        return f"{len(span.ids)} token ids of {span.tokens} tokens"
     return None
 
 

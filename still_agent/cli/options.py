@@ -11,7 +11,7 @@ from still_agent.evaluation.reader import ScheduleName
 
 Model = Annotated[str, typer.Option(envvar="STILL_MODEL", help="reference, a folder, or a hub id.")]
 Compactor = Annotated[
-    str | None, typer.Option(help="A folder, streaming or knorm (default: the model's own)")
+    str | None, typer.Option(help="A folder or a method (default: the model's own)")
 ]
 Slots = Annotated[int, typer.Option(help="The budget: the most slots held.")]
 Schedule = Annotated[ScheduleName, typer.Option(help="Which spans are compacted, and when.")]

@@ -9,6 +9,9 @@ an empty slot: padding of a batch, or of a head that holds fewer slots than its 
 Layers may hold different numbers of slots. transformers builds one mask for all of them;
 its last columns are always the new tokens, so it is trimmed or padded on the left.
 
+A cache that is asked what queries look at puts `observe` on the key tensor: it is called with
+the queries `(B, H, n, d)`, rotated, and changes nothing.
+
 With no bias and a mask that fits, stock `sdpa_attention_forward` is called with the arguments
 that came, so the result is the stock one bit for bit.
 """
@@ -41,6 +44,8 @@ def still_attention(
 
     `attention_mask` is `(B, 1, n, S')`, boolean or additive, or None. Returns `(B, n, H, d)`.
     """
+    if (observe := getattr(key, "observe", None)) is not None:
+        observe(query)
     if attention_mask is not None:
         attention_mask = _fit(attention_mask, key.shape[-2])
     bias: Tensor | None = getattr(key, "slot_bias", None)

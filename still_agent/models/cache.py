@@ -11,6 +11,7 @@ exact window, stand beside `LiveLayer`s in one `Cache`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -47,6 +48,7 @@ class LiveLayer(CacheLayerMixin):
         self.dtype, self.device = dtype, device
         self.length = 0
         self.biased = False
+        self.observe: Callable[[Tensor], None] | None = None  # see `attention`
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -83,6 +85,8 @@ class LiveLayer(CacheLayerMixin):
         keys = self.keys[:, :, : self.length]
         if self.biased:
             keys.slot_bias = self.bias[:, :, : self.length]  # type: ignore[attr-defined]
+        if self.observe is not None:
+            keys.observe = self.observe  # type: ignore[attr-defined]
         return keys, self.values[:, :, : self.length]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -195,6 +199,19 @@ class LiveCache(Cache):
                 f"layer {layer} holds {held.length} slots; [{low}, {high}) is not among them"
             )
         return held.keys[0, :, low:high], held.values[0, :, low:high]
+
+    def observed(self) -> list[Tensor]:
+        """A list that the next forward pass fills with each layer's queries `(B, H, n, d)`."""
+        queries: list[Tensor] = []
+        for layer in self._live:
+            layer.observe = queries.append
+        return queries
+
+    def row(self, layer: int) -> tuple[Tensor, Tensor | None]:
+        """Row 0 of a layer: keys `(H_kv, S, d)`, as rotated, and the bias `(H_kv, S)` if any."""
+        held = self._live[layer]
+        bias = held.bias[0, :, : held.length] if held.biased else None
+        return held.keys[0, :, : held.length], bias
 
     def crop(self, tokens_to_remove: int) -> None:
         """Keep the oldest n slots, counted at the largest layer; or drop the newest, given -n.

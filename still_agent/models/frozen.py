@@ -22,8 +22,11 @@ from transformers import Qwen3ForCausalLM
 from still_agent.models import attention
 from still_agent.models.cache import LiveCache
 from still_agent.models.tokenizers import Tokenizer
+from still_memory.compactors.looks import Looks
 from still_memory.errors import BudgetError, InputError
 from still_memory.identity import ModelIdentity, weights_digest
+from still_memory.rotation import place
+from still_memory.span import Span
 
 # What of a config shapes a KV cache. Named one by one, because the whole of it also holds
 # versions, paths and defaults that come and go between releases of transformers.
@@ -126,6 +129,25 @@ class FrozenModel:
             logits_to_keep=1,
         ).logits
         return logits[0, -1].float()
+
+    def encode(self, text: str) -> list[int]:
+        """See `still_memory.compactors.looks.Reader`."""
+        return self.tokenizer.encode(text)
+
+    @torch.inference_mode()
+    def look(self, before: Sequence[Span], ids: Sequence[int]) -> list[Looks]:
+        """See `still_memory.compactors.looks.Reader`. BudgetError past the trained window."""
+        held = sum(len(span) for span in before)
+        cache = self.new_cache(held + len(ids))
+        base = 0
+        for span in before:
+            for layer, (slots, at) in enumerate(zip(span.layers, cache.lengths, strict=True)):
+                keys = place(span, layer, base, self.rope, self.dtype)
+                cache.load(layer, keys, slots.values, slots.bias, at=at)
+            base += len(span)
+        queries = cache.observed()
+        self.forward(ids, cache, held)
+        return [Looks(q[0], *cache.row(layer)) for layer, q in enumerate(queries)]
 
 
 def _require_whole_attention(layer_types: Sequence[str]) -> None:

@@ -183,7 +183,9 @@ def test_an_append_session_past_its_horizon(make_agent: MakeAgent) -> None:
 
 
 def test_a_model_without_a_compactor(tiny_folder: Path) -> None:
-    with pytest.raises(CompactorError, match=r'train_still.py.*"streaming" or compactor="knorm"'):
+    with pytest.raises(
+        CompactorError, match=r"train_still.py.*'streaming', .*'attention-matching'"
+    ):
         Agent.load(tiny_folder, budget=Budget(slots=64), device="cpu")
 
 

@@ -88,8 +88,8 @@ def same() -> Callable[[Checkpoint, Checkpoint], bool]:
     def spans_equal(a: Span, b: Span) -> bool:
         mine, theirs = ([s.tensors() for s in span.layers] for span in (a, b))
         return (
-            (a.start, a.end, a.rotated_at, a.rounds, a.compactor)
-            == (b.start, b.end, b.rotated_at, b.rounds, b.compactor)
+            (a.start, a.end, a.rotated_at, a.rounds, a.compactor, a.ids)
+            == (b.start, b.end, b.rotated_at, b.rounds, b.compactor, b.ids)
             and len(mine) == len(theirs)
             and all(
                 x.keys() == y.keys()

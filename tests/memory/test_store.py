@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 
@@ -480,6 +481,29 @@ def test_a_newer_schema_is_refused(path: Path, open_store: Opens) -> None:
     conn.close()
     with pytest.raises(StoreError, match=r"newer still-agent \(m999_telepathy\); upgrade"):
         open_store()
+
+
+def test_a_store_from_before_spans_knew_their_tokens_is_read(
+    path: Path, open_store: Opens, model: ModelIdentity, raw_span: Callable[..., Span],
+    checkpoint_of: Callable[..., Checkpoint], same: Callable[[Checkpoint, Checkpoint], bool],
+) -> None:  # fmt: skip
+    old = checkpoint_of([raw_span(0, 12)])
+    store = open_store()
+    store.create("x", model, checkpoint=old, turns=[], settings={})
+    store.close()
+    with sqlite3.connect(path) as conn:  # as m001 left it
+        conn.execute("alter table spans drop column ids")
+        conn.execute("delete from _sqlite_migrations where name = 'm002_token_ids'")
+    conn.close()
+    store = open_store()
+    head = store.head("x")
+    assert head is not None and same(store.load(head), old)
+    told = replace(raw_span(12, 20, seed=5), ids=tuple(range(12, 20)))
+    both = checkpoint_of([old.entries[0].span, told])
+    head = store.commit(head, both, [])
+    store.close()
+    found = open_store().load(head)
+    assert same(found, both) and [e.span.ids for e in found.entries] == [None, told.ids]
 
 
 def test_places_where_no_store_can_be_are_refused(tmp_path: Path, open_store: Opens) -> None:

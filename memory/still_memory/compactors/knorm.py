@@ -6,13 +6,14 @@ so all norms are nearly equal there and this is little better than chance: a flo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from still_memory.compactors.selection import Selection
 from still_memory.identity import CompactorIdentity
-from still_memory.span import Slots
+from still_memory.span import Slots, Span
 
 
 @dataclass(frozen=True)
@@ -23,5 +24,5 @@ class KNormCompactor(Selection):
     def identity(self) -> CompactorIdentity:
         return CompactorIdentity(method="knorm", config="")
 
-    def scores(self, slots: Slots) -> Tensor:
-        return -slots.keys.float().norm(dim=-1)
+    def scores(self, spans: Sequence[Span], layers: Sequence[Slots]) -> list[Tensor]:
+        return [-slots.keys.float().norm(dim=-1) for slots in layers]

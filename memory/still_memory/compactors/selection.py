@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -20,36 +22,63 @@ from still_memory.span import Slots, Span
 class Selection(ABC):
     """Keeps the slots with the highest scores, in their order."""
 
+    remembers: ClassVar[bool] = False  # whether a kept slot carries its score to the next round
+
     @property
     @abstractmethod
     def identity(self) -> CompactorIdentity: ...
 
     @abstractmethod
-    def scores(self, slots: Slots) -> Tensor:
-        """How much each slot of a layer deserves to stay, `(H_kv, S)` in fp32."""
+    def scores(self, spans: Sequence[Span], layers: Sequence[Slots]) -> list[Tensor]:
+        """How much each slot deserves to stay, `(H_kv, S)` a layer in fp32.
+
+        `layers` are the slots of `spans`, end to end.
+        """
+
+    def newest(self, count: int) -> int:
+        """How many of `count` slots go to the newest ones, whatever their scores."""
+        return 0
 
     def compact(self, spans: Sequence[Span], slots: int) -> Span:
         if not spans or slots < 1:
             raise CompactorError(f"cannot keep {slots} slots of {len(spans)} spans: give one each")
-        layers = zip(*(span.layers for span in spans), strict=True)
+        layers = [join(layer) for layer in zip(*(span.layers for span in spans), strict=True)]
+        scores = self.scores(spans, layers)
         return Span(
             start=spans[0].start,
             end=spans[-1].end,
-            layers=tuple(self._kept(join(layer), slots) for layer in layers),
+            layers=tuple(self._kept(*pair, slots) for pair in zip(layers, scores, strict=True)),
             rotated_at=None,
             rounds=1 + max(span.rounds for span in spans),
             compactor=self.identity.address,
         )
 
-    def _kept(self, slots: Slots, count: int) -> Slots:
+    def _kept(self, slots: Slots, scores: Tensor, count: int) -> Slots:
+        if self.remembers:
+            slots = replace(slots, salience=scores)
         if len(slots) <= count:
             return slots
-        scores = self.scores(slots)  # (H_kv, S)
+        if newest := self.newest(count):
+            scores = scores.clone()
+            scores[:, -newest:] = torch.inf
         if slots.bias is not None:  # an empty slot goes first
             scores = scores.masked_fill(slots.bias == -torch.inf, -torch.inf)
         kept = scores.topk(count, dim=1).indices.sort(dim=1).values  # (H_kv, count)
         row = torch.arange(len(kept), device=kept.device)[:, None]
         return Slots(**{name: tensor[row, kept] for name, tensor in slots.tensors().items()})
+
+    def _remembered(self, spans: Sequence[Span], layer: int) -> Tensor:
+        """The scores `(H_kv, S)` that this very compactor gave compact spans; NaN elsewhere."""
+        mine = self.identity.address
+        return torch.cat(
+            [
+                torch.full_like(s.positions, torch.nan)
+                if s.salience is None or span.compactor != mine
+                else s.salience
+                for span, s in ((span, span.layers[layer]) for span in spans)
+            ],
+            dim=1,
+        )
 
 
 def join(parts: Sequence[Slots]) -> Slots:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from still_memory.compactors.selection import Selection
 from still_memory.identity import CompactorIdentity
-from still_memory.span import Slots
+from still_memory.span import Slots, Span
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,10 @@ class StreamingCompactor(Selection):
     def identity(self) -> CompactorIdentity:
         return CompactorIdentity(method="streaming", config=f"sinks={self.sinks}")
 
-    def scores(self, slots: Slots) -> Tensor:
+    def scores(self, spans: Sequence[Span], layers: Sequence[Slots]) -> list[Tensor]:
+        return [self._age(slots) for slots in layers]
+
+    def _age(self, slots: Slots) -> Tensor:
         order = torch.arange(len(slots), dtype=torch.float32, device=slots.keys.device)
         order[: self.sinks] += len(slots)
         return order.expand_as(slots.positions)

@@ -1,0 +1,40 @@
+"""KVzip: what the model looks at to repeat the context is what the context holds (2505.23416)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from torch import Tensor
+
+from still_memory.compactors.looks import Reader, repeated, told
+from still_memory.compactors.selection import Selection
+from still_memory.identity import CompactorIdentity
+from still_memory.span import Slots, Span
+
+
+@dataclass(frozen=True)
+class KVzipCompactor(Selection):
+    """A token's score is the most attention that any query pays it while the text is repeated.
+
+    A chunk is scored once, alone, when it is raw; its slots carry their scores from then on, for
+    slots without their text cannot be repeated.
+    """
+
+    remembers: ClassVar[bool] = True
+    reader: Reader = field(repr=False)
+
+    @property
+    def identity(self) -> CompactorIdentity:
+        return CompactorIdentity(method="kvzip", config="")
+
+    def scores(self, spans: Sequence[Span], layers: Sequence[Slots]) -> list[Tensor]:
+        _, raw, ids = told(spans)
+        found = [self._remembered(spans, n) for n in range(len(layers))]
+        for part in repeated(self.reader, raw, ids):
+            for score, look in zip(found, part, strict=True):
+                most = look.weights()[..., : len(ids)].amax((1, 2))  # of (H_kv, G, n, S)
+                score[:, -len(ids) :] = most.fmax(score[:, -len(ids) :])
+        # Another compactor's slots have no score of ours: they rank in the middle.
+        return [score.where(~score.isnan(), score.nanmedian().nan_to_num()) for score in found]

@@ -1,0 +1,190 @@
+"""Training-free compactors, against stock attention and cases that can be worked out."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import avg_pool1d
+from transformers import Qwen3ForCausalLM
+
+from still_agent import Budget
+from still_agent.models import FrozenModel
+from still_agent.rolling import RollingState
+from still_memory.compactors import (
+    TRAINING_FREE,
+    AttentionMatchingCompactor,
+    H2OCompactor,
+    KVzipCompactor,
+    RandomCompactor,
+    SnapKVCompactor,
+    StrideCompactor,
+)
+from still_memory.compactors.looks import REQUEST
+from still_memory.errors import CompactorError
+from still_memory.rotation import free, rotate
+from still_memory.span import Span, raw_slots
+from still_memory.store import MemoryStore
+
+IDS = tuple(random.Random(0).sample(range(4000), 60))
+
+
+def raw(model: FrozenModel, start: int, end: int) -> Span:
+    """IDS[start:end] as read after those before them; not rotated."""
+    cache = model.new_cache(end)
+    model.forward(IDS[:end], cache, 0)
+    layers = tuple(
+        raw_slots(*(t.clone() for t in cache.raw(n, start, end)), start) for n in range(2)
+    )
+    return free(Span(start, end, layers, rotated_at=start, ids=IDS[start:end]), model.rope)
+
+
+@pytest.fixture(scope="module")
+def stock(tiny_folder: Path) -> Qwen3ForCausalLM:
+    """transformers' eager attention, which tells its weights."""
+    return Qwen3ForCausalLM.from_pretrained(tiny_folder, attn_implementation="eager")
+
+
+@torch.inference_mode()
+def weights(stock: Qwen3ForCausalLM, ids: tuple[int, ...] | list[int]) -> list[Tensor]:
+    """(H_kv, G, n, n) a layer."""
+    out = stock(input_ids=torch.tensor([list(ids)]), output_attentions=True)
+    return [w[0].unflatten(0, (2, -1)) for w in out.attentions]
+
+
+def test_looks_are_the_stock_models_attention(tiny: FrozenModel, stock: Qwen3ForCausalLM) -> None:
+    before = [raw(tiny, 0, 25), raw(tiny, 25, 40)]
+    for look, expected in zip(tiny.look(before, IDS[40:]), weights(stock, IDS), strict=True):
+        torch.testing.assert_close(look.weights(), expected[:, :, 40:], rtol=1e-4, atol=1e-5)
+
+
+def test_h2o_averages_what_a_token_received_over_all_that_could_see_it(
+    tiny: FrozenModel, stock: Qwen3ForCausalLM
+) -> None:
+    h2o = H2OCompactor(tiny)
+    first = h2o.compact([raw(tiny, 0, 40)], 40)
+    second = h2o.compact([first, raw(tiny, 40, 60)], 60)
+    for slots, w in zip(second.layers, weights(stock, IDS), strict=True):
+        expected = w.mean(1).sum(1) / torch.arange(60, 0, -1)
+        assert slots.salience is not None
+        torch.testing.assert_close(slots.salience, expected, rtol=1e-3, atol=1e-5)
+        kept = h2o.compact([raw(tiny, 0, 60)], 20).layers[0].positions
+    best = (weights(stock, IDS)[0].mean(1).sum(1) / torch.arange(60, 0, -1))[:, :50]
+    for head, positions in enumerate(kept):
+        heavy = best[head].topk(10).indices.sort().values
+        assert positions.tolist() == [*heavy.tolist(), *range(50, 60)]
+
+
+def test_snapkv_keeps_what_the_window_votes_for(tiny: FrozenModel, stock: Qwen3ForCausalLM) -> None:
+    kept = SnapKVCompactor(tiny, window=8).compact([raw(tiny, 0, 60)], 20)
+    for slots, w in zip(kept.layers, weights(stock, IDS), strict=True):
+        votes = w[:, :, -8:, :52].mean(2)
+        pooled = avg_pool1d(votes, 5, stride=1, padding=2).mean(1)
+        for head, positions in enumerate(slots.positions):
+            best = pooled[head].topk(12).indices.sort().values
+            assert positions.tolist() == [*best.tolist(), *range(52, 60)]
+
+
+def test_kvzip_scores_by_the_most_attention_in_repeating(
+    tiny: FrozenModel, stock: Qwen3ForCausalLM
+) -> None:
+    kvzip = KVzipCompactor(tiny)
+    span = kvzip.compact([raw(tiny, 0, 60)], 60)
+    repeating = [*IDS, *tiny.encode(REQUEST), *IDS]
+    for slots, w in zip(span.layers, weights(stock, repeating), strict=True):
+        assert slots.salience is not None
+        expected = w[:, :, 60:, :60].amax((1, 2))
+        torch.testing.assert_close(slots.salience, expected, rtol=1e-3, atol=1e-5)
+    later = kvzip.compact([span, raw(tiny, 0, 60)], 70)
+    assert torch.equal(later.layers[0].salience.sort(1).values,  # type: ignore[union-attr]
+                       torch.cat([span.layers[0].salience] * 2, 1)  # type: ignore[list-item]
+                       .topk(70, dim=1).values.flip(1))  # fmt: skip
+
+
+def test_attention_matching_with_room_for_all_changes_nothing(tiny: FrozenModel) -> None:
+    span = raw(tiny, 0, 60)
+    same = AttentionMatchingCompactor(tiny).compact([span], 60)
+    for slots, before in zip(same.layers, span.layers, strict=True):
+        assert torch.equal(slots.keys, before.keys)
+        torch.testing.assert_close(slots.values, before.values, rtol=1e-4, atol=1e-4)
+        assert slots.bias is not None
+        torch.testing.assert_close(slots.bias, torch.zeros_like(slots.bias), atol=1e-4, rtol=0)
+
+
+def test_attention_matching_answers_its_queries_as_the_whole_cache_does(
+    tiny: FrozenModel,
+) -> None:
+    span, count = raw(tiny, 0, 60), 20
+    short = AttentionMatchingCompactor(tiny).compact([span], count)
+    looks = tiny.look([span], [*tiny.encode(REQUEST), *IDS])
+    for slots, look, before in zip(short.layers, looks, span.layers, strict=True):
+        queries = look.queries.unflatten(0, (2, -1)).flatten(1, 2) * 16**-0.5
+
+        def answer(keys: Tensor, values: Tensor, bias: Tensor | float, shift: int) -> Tensor:
+            at = torch.arange(keys.shape[1]) + float(shift)
+            logits = queries @ rotate(keys, at, tiny.rope).mT + bias  # noqa: B023
+            return logits.softmax(-1) @ values
+
+        whole = answer(before.keys, before.values, 0.0, 0)
+        assert slots.bias is not None
+        fitted = answer(slots.keys, slots.values, slots.bias[:, None], 60 - count)
+        row = torch.arange(2)[:, None]
+        kept = before.values[row, slots.positions.long()]
+        chosen = answer(slots.keys, kept, 0.0, 60 - count)
+        assert (fitted - whole).norm() < 0.5 * (chosen - whole).norm()
+
+
+@pytest.mark.parametrize("compactor", [RandomCompactor(), RandomCompactor(7), StrideCompactor()])
+def test_what_stays_does_not_depend_on_the_number_of_rounds(
+    tiny: FrozenModel, compactor: RandomCompactor | StrideCompactor
+) -> None:
+    at_once = compactor.compact([raw(tiny, 0, 60)], 10)
+    by_and_by = compactor.compact([raw(tiny, 0, 20)], 10)
+    for start in (20, 40):
+        by_and_by = compactor.compact([by_and_by, raw(tiny, start, start + 20)], 10)
+    kept = at_once.layers[0].positions
+    assert torch.equal(kept, by_and_by.layers[0].positions) and by_and_by.rounds == 3
+    if isinstance(compactor, StrideCompactor):
+        assert kept[0].diff().max() <= 2 * kept[0].diff().min()
+    assert RandomCompactor(1).compact([raw(tiny, 0, 60)], 10).layers[0].positions.tolist() != (
+        kept.tolist()
+    )
+
+
+@pytest.mark.parametrize("name", TRAINING_FREE)
+def test_every_method_runs_for_many_rounds_and_resumes_bit_for_bit(
+    tiny: FrozenModel, name: str, tmp_path: Path
+) -> None:
+    rng = random.Random(3)
+    ids = [rng.randrange(4000) for _ in range(400)]
+    state = RollingState(tiny, TRAINING_FREE[name](tiny), Budget(slots=64))
+    state.pin(ids[:5])
+    state.extend(ids[5:300])
+    with MemoryStore(tmp_path / "s.db") as store:
+        store.create("x", tiny.identity, checkpoint=state.checkpoint(), turns=[], settings={})
+    with MemoryStore(tmp_path / "s.db") as store:
+        head = store.head("x")
+        assert head is not None
+        saved = store.load(head)
+    resumed = RollingState(tiny, TRAINING_FREE[name](tiny), Budget(slots=64))
+    resumed.restore(saved)
+    assert torch.equal(state.extend(ids[300:]), resumed.extend(ids[300:]))
+    assert state.rounds > 10 and state.slots <= 64
+
+
+@pytest.mark.parametrize("name", ["h2o", "snapkv", "kvzip", "attention-matching"])
+def test_a_span_whose_tokens_are_not_known_is_refused(tiny: FrozenModel, name: str) -> None:
+    span = replace(raw(tiny, 0, 20), ids=None)
+    with pytest.raises(CompactorError, match=r'not known.*compactor="streaming"'):
+        TRAINING_FREE[name](tiny).compact([span], 10)
+
+
+def test_a_context_too_long_to_repeat_is_refused(tiny: FrozenModel) -> None:
+    span = replace(raw(tiny, 0, 60), layers=raw(tiny, 0, 60).layers)
+    compact = AttentionMatchingCompactor(tiny)
+    with pytest.raises(CompactorError, match="smaller budget"):
+        compact.compact([span] * 9, 10)
