@@ -51,7 +51,9 @@ def lay_look_again(
     """
     g = torch.Generator().manual_seed(seed)
     layer = model.model.layers[-2]
-    read = [unit(x) for x in stream(model, samples, -3)]
+    streams = stream(model, samples, -3)
+    size = length_of(streams)
+    read = [unit(x) for x in streams]
     every = torch.cat(read)
     embedding = model.model.embed_tokens.weight
     layer.input_layernorm.weight.fill_(1.0)
@@ -92,7 +94,6 @@ def lay_look_again(
     q[group + 1 :, SAID] = 2 * here
     k[1, SAID] = (given[0] + given[1] * here) / 4
 
-    size = length_of([torch.cat(stream(model, samples, -3))])
     copying(attention, embedding, VOICE * size / 16, g)
     o[:, group + 1 :] *= -1
     v[1, 0] = before[0] + before[1] * here
