@@ -42,5 +42,6 @@ def choose_compactor(
             f"there is no compactor {str(choice)!r}: give a folder that training wrote, {_METHODS}"
         )
     still = StillCompactor.load(choice, model.identity).to(model.device)
+    still.identity.address  # noqa: B018  (of the weights as stored; kept)
     still.perceivers.to(model.dtype)  # not the scorer: its logits must stay apart
     return still

@@ -3,7 +3,8 @@
 A model of this size takes hours to learn that the newest of two matching statements wins, if
 the loss on its answers is the only teacher. The generated dialogues know which token of which
 statement each answer copies, so training can also ask the last layer's heads to look there
-(`lookup_loss`), and the layer before it to know a restated value when it reads one.
+(`lookup_loss`), and the layer before it to know a restated value when it reads one. Likewise of
+the layers before: what `look_again.py` lays is to find the statement, and what was said.
 """
 
 from __future__ import annotations

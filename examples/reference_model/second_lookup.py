@@ -67,7 +67,7 @@ def lay_second_lookup(model: Qwen3ForCausalLM, samples: Sequence[Sample], seed: 
 
 
 def stream(model: Qwen3ForCausalLM, samples: Sequence[Sample], layer: int) -> list[Tensor]:
-    """What stands before the model's last norm (-1), before its last layer (-2), ...: (T, D)."""
+    """What the last layer reads (-2), what the one before it reads (-3), ...: (T, D) a sample."""
     return [
         model.model(ids, output_hidden_states=True).hidden_states[layer][0] for ids, _ in samples
     ]

@@ -186,15 +186,21 @@ class Run:
         before = args.out if args.resume else args.init
         if before is not None and (known := before / RESTATED).exists():
             self.restated = load_file(known)["restated"]
-        if args.prefer_recent:
+        self.again = before is not None and known.exists() and "again" in load_file(known)
+        if args.prefer_recent and not args.resume:
             sample = random.Random(args.seed)
             stage = Stage(384, 3, 9, 8, 0.0, 0.5)
             ids, _, _, _ = batch(sample, "train", self.train, self.tokenizer, stage, stage.rows)
             prefer_recent(self.model, ids)
-        if args.second_lookup:
+        if args.second_lookup and not args.resume:
             self.restated = lay_second_lookup(self.model, self.samples, args.seed)
-        if args.look_again:
+        if args.look_again and not args.resume:
+            if self.restated is None:
+                raise SystemExit(
+                    f"--look-again needs --second-lookup, or an --init with {RESTATED}"
+                )
             lay_look_again(self.model, self.samples, self.restated, args.seed)
+            self.again = True
         self.optimizers = make_optimizers(self.model, args.lr)
         self.stages = [Stage.parse(text) for text in args.stages.split(";")]
         self.stage = self.step = self.seen = 0
@@ -204,11 +210,11 @@ class Run:
 
     @cached_property
     def samples(self) -> list[Sample]:
-        """160 dialogues, half of them without prose."""
+        """160 dialogues, half of them without prose, without padding."""
         rng = random.Random(self.args.seed)
         stages = (Stage(1024, 6, 14, 1, 0.0, dense) for dense in (0.0, 1.0) for _ in range(80))
         rows = (batch(rng, "train", self.train, self.tokenizer, s, 1) for s in stages)
-        return [(ids, lookups) for ids, _, _, lookups in rows]
+        return [(ids[:, : int(real.sum())], lookups) for ids, _, real, lookups in rows]
 
     @property
     def rate(self) -> float:
@@ -291,16 +297,17 @@ class Run:
     def asked_of_attention(self, streams: list[Tensor], lookups: Lookups) -> dict[str, Tensor]:
         """What `lookups.py` makes of the layers' inputs; `streams` as `forward` returns them."""
         model, copies, last = self.model, lookups.copies, len(streams) - 1
-        again = slice(0, model.config.num_attention_heads // model.config.num_key_value_heads)
-        unsaid = slice(again.stop + 1, None)
-        x, spare = streams[last - 1], last - 1
-        return {
+        parts = {
             "found": lookup_loss(model, LOOKUP, streams[LOOKUP], copies),
-            "again": lookup_loss(model, spare, x, copies, heads=again),
-            "unsaid": lookup_loss(model, spare, x, lookups.said, heads=unsaid),
             "chosen": lookup_loss(model, last, streams[last], copies, every_head=True),
             "restated": restated_loss(streams[last], self.restated, lookups),
         }
+        if self.again:  # as look_again.py divides the heads of the layer before the last
+            group = model.config.num_attention_heads // model.config.num_key_value_heads
+            x, n = streams[last - 1], last - 1
+            parts["again"] = lookup_loss(model, n, x, copies, heads=slice(0, group))
+            parts["unsaid"] = lookup_loss(model, n, x, lookups.said, heads=slice(group + 1, None))
+        return parts
 
     def report(self, stage: Stage, losses: list[Losses], score: float) -> None:
         means = {name: sum(x[name] for x in losses) / len(losses) for name in losses[0]}
@@ -317,7 +324,8 @@ class Run:
     def save(self) -> None:
         self.model.save_pretrained(self.args.out)
         if self.restated is not None:
-            save_file({"restated": self.restated}, self.args.out / RESTATED)
+            laid = {"again": torch.ones(1)} if self.again else {}
+            save_file({"restated": self.restated, **laid}, self.args.out / RESTATED)
         state = {
             "model": self.model.state_dict(),
             "optimizers": [o.state_dict() for o in self.optimizers],

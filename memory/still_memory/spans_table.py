@@ -121,6 +121,8 @@ class SpansTable:
                 raise _damaged(address, f"layer {layer} does not match its digest")
             slots.append(decode(data, f"layer {layer} of span {address[:12]}", device))
         start, end, rotated_at, rounds, compactor, packed = meta
+        if packed is not None and len(packed) != 4 * (end - start):
+            raise _damaged(address, f"{len(packed)} bytes of ids of {end - start} tokens")
         ids = None if packed is None else tuple(unpack_ids(packed))
         span = Span(start, end, tuple(slots), rotated_at, rounds, compactor, ids)
         if fault := _fault(span):

@@ -201,7 +201,7 @@ class LiveCache(Cache):
         return held.keys[0, :, low:high], held.values[0, :, low:high]
 
     def observed(self) -> list[Tensor]:
-        """A list that the next forward pass fills with each layer's queries `(B, H, n, d)`."""
+        """A list to which forward passes add queries `(B, H, n, d)`, layer after layer."""
         queries: list[Tensor] = []
         for layer in self._live:
             layer.observe = queries.append

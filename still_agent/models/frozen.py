@@ -36,6 +36,7 @@ CONFIG_FIELDS = (
     "attention_bias", "layer_types", "sliding_window", "max_position_embeddings",
     "rope_parameters", "tie_word_embeddings",
 )  # fmt: skip
+LOOK = 512  # tokens of one forward pass of `look`, so that activations stay bounded
 
 
 class FrozenModel:
@@ -136,7 +137,12 @@ class FrozenModel:
 
     @torch.inference_mode()
     def look(self, before: Sequence[Span], ids: Sequence[int]) -> list[Looks]:
-        """See `still_memory.compactors.looks.Reader`. BudgetError past the trained window."""
+        """See `still_memory.compactors.looks.Reader`.
+
+        BudgetError past the trained window, InputError for ids that the model does not have.
+        """
+        if not all(0 <= i < self.vocab_size for i in ids):
+            raise InputError(f"there are token ids past the {self.vocab_size} of {self.name!r}")
         held = sum(len(span) for span in before)
         cache = self.new_cache(held + len(ids))
         base = 0
@@ -146,8 +152,12 @@ class FrozenModel:
                 cache.load(layer, keys, slots.values, slots.bias, at=at)
             base += len(span)
         queries = cache.observed()
-        self.forward(ids, cache, held)
-        return [Looks(q[0], *cache.row(layer)) for layer, q in enumerate(queries)]
+        for first in range(0, len(ids), LOOK):
+            self.forward(ids[first : first + LOOK], cache, held + first)
+        return [
+            Looks(torch.cat([q[0] for q in queries[n :: self.layers]], dim=1), *cache.row(n))
+            for n in range(self.layers)
+        ]
 
 
 def _require_whole_attention(layer_types: Sequence[str]) -> None:

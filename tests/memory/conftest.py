@@ -43,7 +43,7 @@ def raw_span() -> Callable[..., Span]:
             )
             for layer in range(LAYERS)
         )
-        return Span(start, end, layers, rotated_at=start)
+        return Span(start, end, layers, rotated_at=start, ids=tuple(range(start, end)))
 
     return make
 

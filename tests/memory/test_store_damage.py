@@ -92,6 +92,11 @@ DAMAGE = {
     "a span's rotation": f"update spans set rotated_at = 3 where id in {HER_SPANS}",
     "a span's rounds": f"update spans set rounds = rounds + 1 where id in {HER_SPANS}",
     "a span's compactor": f"update spans set compactor = 'other' where id in {HER_SPANS}",
+    "a span's tokens": "update spans set ids = zeroblob(40)"
+    f" where ids not null and id in {HER_SPANS}",
+    "a span's tokens lost": f"update spans set ids = null where ids not null and id in {HER_SPANS}",
+    "tokens of another length": "update spans set ids = x'00', bytes = bytes - 39"
+    f" where ids not null and id in {HER_SPANS}",
     "a span's layers": f"update spans set layers = layers + 1 where id in {HER_SPANS}",
     "a span's size": f"update spans set bytes = bytes - 1 where id in {HER_SPANS}",
     "a span's address": "update spans set address = replace(address, 'a', 'b')"
@@ -319,4 +324,5 @@ def test_the_size_of_a_layer_is_that_of_its_tensors(
     assert head is not None
     spans = [entry.span for entry in store.load(head).entries]
     written = sum(len(encode(slots)) for span in spans for slots in span.layers)
+    written += sum(4 * len(span.ids or ()) for span in spans)
     assert store.sessions()[0].bytes == written

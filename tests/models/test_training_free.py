@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch.nn.functional import avg_pool1d
 from transformers import Qwen3ForCausalLM
 
 from still_agent import Budget
-from still_agent.models import FrozenModel
+from still_agent.models import FrozenModel, frozen
 from still_agent.rolling import RollingState
 from still_memory.compactors import (
     TRAINING_FREE,
@@ -23,12 +24,14 @@ from still_memory.compactors import (
     RandomCompactor,
     SnapKVCompactor,
     StrideCompactor,
+    looks,
 )
 from still_memory.compactors.looks import REQUEST
 from still_memory.errors import CompactorError
 from still_memory.rotation import free, rotate
 from still_memory.span import Span, raw_slots
 from still_memory.store import MemoryStore
+from tests.agent.conftest import Pooling
 
 IDS = tuple(random.Random(0).sample(range(4000), 60))
 
@@ -56,10 +59,15 @@ def weights(stock: Qwen3ForCausalLM, ids: tuple[int, ...] | list[int]) -> list[T
     return [w[0].unflatten(0, (2, -1)) for w in out.attentions]
 
 
-def test_looks_are_the_stock_models_attention(tiny: FrozenModel, stock: Qwen3ForCausalLM) -> None:
+def test_looks_are_the_stock_models_attention(
+    tiny: FrozenModel, stock: Qwen3ForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(looks, "BLOCK", 7)  # in parts that do not come out even
+    monkeypatch.setattr(frozen, "LOOK", 9)
     before = [raw(tiny, 0, 25), raw(tiny, 25, 40)]
     for look, expected in zip(tiny.look(before, IDS[40:]), weights(stock, IDS), strict=True):
-        torch.testing.assert_close(look.weights(), expected[:, :, 40:], rtol=1e-4, atol=1e-5)
+        found = torch.cat(list(look.weights()), dim=2)
+        torch.testing.assert_close(found, expected[:, :, 40:], rtol=1e-4, atol=1e-5)
 
 
 def test_h2o_averages_what_a_token_received_over_all_that_could_see_it(
@@ -80,13 +88,15 @@ def test_h2o_averages_what_a_token_received_over_all_that_could_see_it(
 
 
 def test_snapkv_keeps_what_the_window_votes_for(tiny: FrozenModel, stock: Qwen3ForCausalLM) -> None:
-    kept = SnapKVCompactor(tiny, window=8).compact([raw(tiny, 0, 60)], 20)
-    for slots, w in zip(kept.layers, weights(stock, IDS), strict=True):
-        votes = w[:, :, -8:, :52].mean(2)
-        pooled = avg_pool1d(votes, 5, stride=1, padding=2).mean(1)
-        for head, positions in enumerate(slots.positions):
-            best = pooled[head].topk(12).indices.sort().values
-            assert positions.tolist() == [*best.tolist(), *range(52, 60)]
+    for window, count in ((8, 20), (24, 20)):  # the larger window has half of the slots
+        kept = SnapKVCompactor(tiny, window=window).compact([raw(tiny, 0, 60)], count)
+        newest = min(window, count // 2)
+        for slots, w in zip(kept.layers, weights(stock, IDS), strict=True):
+            votes = w[:, :, -window:, :-window].mean(2)
+            pooled = avg_pool1d(votes, 5, stride=1, padding=2).mean(1)
+            for head, positions in enumerate(slots.positions):
+                best = pooled[head].topk(count - newest).indices.sort().values
+                assert positions.tolist() == [*best.tolist(), *range(60 - newest, 60)]
 
 
 def test_kvzip_scores_by_the_most_attention_in_repeating(
@@ -120,8 +130,8 @@ def test_attention_matching_answers_its_queries_as_the_whole_cache_does(
 ) -> None:
     span, count = raw(tiny, 0, 60), 20
     short = AttentionMatchingCompactor(tiny).compact([span], count)
-    looks = tiny.look([span], [*tiny.encode(REQUEST), *IDS])
-    for slots, look, before in zip(short.layers, looks, span.layers, strict=True):
+    repeating = tiny.look([span], [*tiny.encode(REQUEST), *IDS])
+    for slots, look, before in zip(short.layers, repeating, span.layers, strict=True):
         queries = look.queries.unflatten(0, (2, -1)).flatten(1, 2) * 16**-0.5
 
         def answer(keys: Tensor, values: Tensor, bias: Tensor | float, shift: int) -> Tensor:
@@ -155,13 +165,15 @@ def test_what_stays_does_not_depend_on_the_number_of_rounds(
     )
 
 
+@pytest.mark.parametrize("schedule", ["rolling", "tiered"])
 @pytest.mark.parametrize("name", TRAINING_FREE)
 def test_every_method_runs_for_many_rounds_and_resumes_bit_for_bit(
-    tiny: FrozenModel, name: str, tmp_path: Path
+    tiny: FrozenModel, name: str, schedule: Literal["rolling", "tiered"], tmp_path: Path
 ) -> None:
     rng = random.Random(3)
     ids = [rng.randrange(4000) for _ in range(400)]
-    state = RollingState(tiny, TRAINING_FREE[name](tiny), Budget(slots=64))
+    budget = Budget(slots=64, schedule=schedule, fan_in=2)  # merges compact spans alone
+    state = RollingState(tiny, TRAINING_FREE[name](tiny), budget)
     state.pin(ids[:5])
     state.extend(ids[5:300])
     with MemoryStore(tmp_path / "s.db") as store:
@@ -170,10 +182,10 @@ def test_every_method_runs_for_many_rounds_and_resumes_bit_for_bit(
         head = store.head("x")
         assert head is not None
         saved = store.load(head)
-    resumed = RollingState(tiny, TRAINING_FREE[name](tiny), Budget(slots=64))
+    resumed = RollingState(tiny, TRAINING_FREE[name](tiny), budget)
     resumed.restore(saved)
     assert torch.equal(state.extend(ids[300:]), resumed.extend(ids[300:]))
-    assert state.rounds > 10 and state.slots <= 64
+    assert state.rounds > (10 if schedule == "rolling" else 1) and state.slots <= 64
 
 
 @pytest.mark.parametrize("name", ["h2o", "snapkv", "kvzip", "attention-matching"])
@@ -184,7 +196,20 @@ def test_a_span_whose_tokens_are_not_known_is_refused(tiny: FrozenModel, name: s
 
 
 def test_a_context_too_long_to_repeat_is_refused(tiny: FrozenModel) -> None:
-    span = replace(raw(tiny, 0, 60), layers=raw(tiny, 0, 60).layers)
-    compact = AttentionMatchingCompactor(tiny)
-    with pytest.raises(CompactorError, match="smaller budget"):
-        compact.compact([span] * 9, 10)
+    for compactor in (AttentionMatchingCompactor(tiny), KVzipCompactor(tiny)):
+        with pytest.raises(CompactorError, match="smaller budget"):
+            compactor.compact([raw(tiny, 0, 60)] * 9, 10)
+
+
+@pytest.mark.parametrize("name", TRAINING_FREE)
+def test_another_compactors_uneven_and_empty_slots_are_taken_in(
+    tiny: FrozenModel, name: str
+) -> None:
+    pooled = Pooling().compact([raw(tiny, 0, 40)], 12)  # fewer in the last layer, one empty
+    fresh = replace(raw(tiny, 0, 60).cut(40, 60))
+    short = TRAINING_FREE[name](tiny).compact([pooled, fresh], 25)
+    for slots in short.layers:
+        assert slots.keys.isfinite().all() and slots.values.isfinite().all()
+        assert slots.bias is not None and not slots.bias.isnan().any()
+        assert slots.bias.isfinite().sum(1).min() >= min(25, len(slots) - 1)
+    assert short.layers[0].bias is not None and short.layers[0].bias.isfinite().all()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from still_memory.compactors.looks import Looks, Reader, told
-from still_memory.compactors.selection import Selection
+from still_memory.compactors.selection import Selection, remembered
 from still_memory.identity import CompactorIdentity
 from still_memory.span import Slots, Span
 
@@ -34,9 +34,10 @@ class H2OCompactor(Selection):
     def scores(self, spans: Sequence[Span], layers: Sequence[Slots]) -> list[Tensor]:
         compact, raw, ids = told(spans)
         looks = self.reader.look(compact, ids) if ids else [None] * len(layers)
+        mine = self.identity.address
         begun = raw[0].start if raw else spans[-1].end
         return [
-            self._received(look, slots, self._remembered(spans, n), begun)
+            self._received(look, slots, remembered(spans, n, mine), begun)
             for n, (look, slots) in enumerate(zip(looks, layers, strict=True))
         ]
 
@@ -47,8 +48,8 @@ class H2OCompactor(Selection):
         had = (begun - slots.positions).clamp(min=0).masked_fill(before.isnan(), 0.0)
         total, seen = before.nan_to_num(0.0) * had, had
         if look is not None:
-            weights = look.weights().mean(1)  # (H_kv, n, S)
-            n, held = weights.shape[1:]
-            able = torch.arange(held, 0, -1, device=weights.device).clamp(max=n)
-            total, seen = total + weights.sum(1), seen + able
+            for weights in look.weights():
+                total = total + weights.mean(1).sum(1)
+            n, held = look.queries.shape[1], total.shape[1]
+            seen = seen + torch.arange(held, 0, -1, device=seen.device).clamp(max=n)
         return total / seen.clamp(min=1)

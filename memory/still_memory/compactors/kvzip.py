@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from still_memory.compactors.looks import Reader, repeated, told
-from still_memory.compactors.selection import Selection
+from still_memory.compactors.selection import Selection, ranked_in_the_middle, remembered
 from still_memory.identity import CompactorIdentity
 from still_memory.span import Slots, Span
 
@@ -31,10 +31,12 @@ class KVzipCompactor(Selection):
 
     def scores(self, spans: Sequence[Span], layers: Sequence[Slots]) -> list[Tensor]:
         _, raw, ids = told(spans)
-        found = [self._remembered(spans, n) for n in range(len(layers))]
+        mine = self.identity.address
+        found = [remembered(spans, n, mine) for n in range(len(layers))]
         for part in repeated(self.reader, raw, ids):
             for score, look in zip(found, part, strict=True):
-                most = look.weights()[..., : len(ids)].amax((1, 2))  # of (H_kv, G, n, S)
-                score[:, -len(ids) :] = most.fmax(score[:, -len(ids) :])
-        # Another compactor's slots have no score of ours: they rank in the middle.
-        return [score.where(~score.isnan(), score.nanmedian().nan_to_num()) for score in found]
+                fresh = score[:, -len(ids) :]
+                for weights in look.weights():
+                    most = weights[..., : len(ids)].amax((1, 2))
+                    fresh.copy_(most.fmax(fresh))
+        return [ranked_in_the_middle(score) for score in found]

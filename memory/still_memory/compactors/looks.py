@@ -1,7 +1,8 @@
 """What the base model's queries look at: the evidence of methods that go by attention.
 
-Such methods need queries, and a cache keeps none. So a model that can be read again, a
-`Reader`, is given the tokens once more, on top of the spans that come before them.
+Such methods need queries, and a cache keeps none. So the model, a `Reader`, is given the tokens
+once more, on top of the spans that a compaction takes. What it does not take (the pinned prefix,
+other tiers) is not there: close to what the tokens looked at when they were first read, not equal.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from still_memory.span import Span
 REQUEST = "\n\nRepeat the previous context exactly.\n\n"
 
 
+BLOCK = 256  # queries whose weights are computed at once
+
+
 @dataclass(frozen=True)
 class Looks:
     """One layer: the queries of n tokens, and the S + n keys they meet, their own at the end."""
@@ -27,16 +31,22 @@ class Looks:
     keys: Tensor  # (H_kv, S + n, d), as rotated
     bias: Tensor | None  # (H_kv, S + n)
 
-    def weights(self) -> Tensor:
-        """Attention weights `(H_kv, H / H_kv, n, S + n)` in fp32; a token sees none after it."""
+    def weights(self) -> Iterator[Tensor]:
+        """Attention weights `(H_kv, H / H_kv, BLOCK, S + n)` in fp32, some queries at a time.
+
+        A token sees none after it.
+        """
         heads, slots, d = self.keys.shape
-        queries = self.queries.unflatten(0, (heads, -1)).float()
-        logits = queries @ self.keys.float().mT[:, None] * d**-0.5
-        if self.bias is not None:
-            logits = logits + self.bias[:, None, None]
-        n = queries.shape[2]
-        seen = torch.ones(n, slots, dtype=torch.bool, device=logits.device).tril(slots - n)
-        return logits.masked_fill(~seen, -torch.inf).softmax(-1)
+        keys = self.keys.float().mT[:, None] * d**-0.5
+        at = torch.arange(slots, device=keys.device)
+        first = slots - self.queries.shape[1]
+        for queries in self.queries.unflatten(0, (heads, -1)).split(BLOCK, dim=2):
+            logits = queries.float() @ keys
+            if self.bias is not None:
+                logits += self.bias[:, None, None]
+            unseen = at > at[first : first + queries.shape[2], None]
+            yield logits.masked_fill_(unseen, -torch.inf).softmax(-1)
+            first += queries.shape[2]
 
 
 class Reader(Protocol):

@@ -67,18 +67,23 @@ class Selection(ABC):
         row = torch.arange(len(kept), device=kept.device)[:, None]
         return Slots(**{name: tensor[row, kept] for name, tensor in slots.tensors().items()})
 
-    def _remembered(self, spans: Sequence[Span], layer: int) -> Tensor:
-        """The scores `(H_kv, S)` that this very compactor gave compact spans; NaN elsewhere."""
-        mine = self.identity.address
-        return torch.cat(
-            [
-                torch.full_like(s.positions, torch.nan)
-                if s.salience is None or span.compactor != mine
-                else s.salience
-                for span, s in ((span, span.layers[layer]) for span in spans)
-            ],
-            dim=1,
-        )
+
+def remembered(spans: Sequence[Span], layer: int, compactor: str) -> Tensor:
+    """The scores `(H_kv, S)` that slots carry from the compactor of this address; NaN elsewhere."""
+    return torch.cat(
+        [
+            torch.full_like(s.positions, torch.nan)
+            if s.salience is None or span.compactor != compactor
+            else s.salience
+            for span, s in ((span, span.layers[layer]) for span in spans)
+        ],
+        dim=1,
+    )
+
+
+def ranked_in_the_middle(scores: Tensor) -> Tensor:
+    """`scores` with their median in place of NaN: slots of which nothing is known."""
+    return scores.where(~scores.isnan(), scores.nanmedian().nan_to_num())
 
 
 def join(parts: Sequence[Slots]) -> Slots:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -18,8 +19,8 @@ from still_memory.span import Slots, Span
 class SnapKVCompactor(Selection):
     """Slots rank by the attention of the last `window` tokens, smoothed over `kernel` neighbours.
 
-    The window itself stays. Both as in the paper's code; the mean over a group of query heads
-    is what is left of it with grouped queries.
+    The window itself stays, as far as half of the slots. Sizes as in the paper's code; a KV head's
+    votes are the mean over its group of query heads.
     """
 
     reader: Reader = field(repr=False)
@@ -43,9 +44,9 @@ class SnapKVCompactor(Selection):
     def _votes(self, look: Looks) -> Tensor:
         n = look.queries.shape[1]
         window = min(self.window, max(n // 2, 1))  # a short chunk has voters and candidates, too
-        weights = look.weights()[:, :, -window:]  # (H_kv, G, w, S)
-        if weights.shape[-1] == window:
-            return weights[:, 0, 0]
-        votes = weights[..., :-window].mean(2)
+        parts = list(replace(look, queries=look.queries[:, -window:]).weights())
+        votes = torch.cat(parts, dim=2).mean(2)[..., :-window]  # (H_kv, G, S - w)
+        if not votes.shape[-1]:
+            return torch.zeros(len(votes), window, device=votes.device)
         pooled = F.avg_pool1d(votes, self.kernel, stride=1, padding=self.kernel // 2)
-        return F.pad(pooled.mean(1), (0, window), value=1.0)
+        return F.pad(pooled.mean(1), (0, window))
