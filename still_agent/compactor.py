@@ -11,7 +11,7 @@ from still_memory.compactors.still import StillCompactor
 from still_memory.errors import CompactorError
 
 PACKAGED = Path(__file__).parent / "reference" / "still"
-_METHODS = "compactor= " + ", ".join(map(repr, TRAINING_FREE))
+_METHODS = "compactor= one of " + ", ".join(map(repr, TRAINING_FREE))
 
 
 def choose_compactor(
@@ -39,7 +39,7 @@ def choose_compactor(
         return TRAINING_FREE[choice](model)
     if not Path(choice).is_dir():
         raise CompactorError(
-            f"there is no compactor {str(choice)!r}: give a folder that training wrote, {_METHODS}"
+            f"there is no compactor {str(choice)!r}: give a folder that training wrote, or {_METHODS}"
         )
     still = StillCompactor.load(choice, model.identity).to(model.device)
     still.identity.address  # noqa: B018  (of the weights as stored; kept)

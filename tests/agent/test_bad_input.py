@@ -190,7 +190,7 @@ def test_a_model_without_a_compactor(tiny_folder: Path) -> None:
 
 
 def test_a_compactor_that_is_not_there(tiny: FrozenModel, tmp_path: Path) -> None:
-    for choice in ("snapkv", tmp_path / "none"):
+    for choice in ("telepathy", tmp_path / "none"):
         with pytest.raises(CompactorError, match="give a folder that training wrote"):
             choose_compactor(choice, "tiny", tiny)
     with pytest.raises(CompactorError, match=r"config\.json is missing"):
