@@ -39,7 +39,8 @@ def choose_compactor(
         return TRAINING_FREE[choice](model)
     if not Path(choice).is_dir():
         raise CompactorError(
-            f"there is no compactor {str(choice)!r}: give a folder that training wrote, or {_METHODS}"
+            f"there is no compactor {str(choice)!r}: give a folder that training wrote, "
+            f"or {_METHODS}"
         )
     still = StillCompactor.load(choice, model.identity).to(model.device)
     still.identity.address  # noqa: B018  (of the weights as stored; kept)
