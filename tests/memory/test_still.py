@@ -236,3 +236,33 @@ def test_rotated_spans_are_refused():
     )
     with pytest.raises(InputError):
         StillCompactor(PAPER, MODEL).compact([rotated], 2)
+
+
+def test_a_cache_read_in_parts_is_the_cache_read_at_once(monkeypatch):
+    torch.manual_seed(0)
+    one = perceiver.Perceiver(
+        2, 8, blocks=2, bank=4, base=10.0, beta=True, feed_forward=1, neighbourhood=0.5
+    )
+    with torch.no_grad():
+        for weight in one.parameters():
+            weight.add_(0.1 * torch.randn_like(weight))
+    tokens, mass = torch.randn(1, 2, 30, 16), torch.randn(1, 2, 30)
+    mass[0, 0, :8] = -torch.inf  # a whole part of one head is empty
+    cells, at = torch.arange(30).expand(1, 2, 30) // 5, torch.arange(6).expand(1, 2, 6)
+    where = torch.linspace(0, 1, 6).expand(1, 2, 6)
+
+    def run() -> tuple[Tensor, list[Tensor]]:
+        one.zero_grad()
+        out = torch.cat([t.flatten() for t in one(tokens, cells, mass, where, at)])
+        out.square().sum().backward()
+        return out.detach(), [p.grad.clone() for p in one.parameters() if p.grad is not None]
+
+    whole, gradients = run()
+    monkeypatch.setattr(perceiver, "IN_CACHE", 7 * 2 * 16)  # 7 tokens at once
+    parts, others = run()
+    torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-5)
+    for mine, other in zip(gradients, others, strict=True):
+        # A change in the tokens' last bit alone moves a gradient by a thousandth of its length.
+        assert (other - mine).norm() <= 0.01 * mine.norm()
+    mass[0, 0] = -torch.inf  # all of it
+    assert all(t.isfinite().all() for t in one(tokens, cells, mass, where, at))
