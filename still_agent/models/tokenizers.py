@@ -18,6 +18,7 @@ import codecs
 import hashlib
 import json
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,7 +80,7 @@ class Frame:
     closing: list[int]
 
 
-class Framed:
+class Framed(ABC):
     """The half of a tokenizer that both adapters share: messages, and bytes to text."""
 
     start: list[int]
@@ -92,11 +93,11 @@ class Framed:
     frames: dict[str, Frame]
     opening: list[int]  # of a reply
 
-    def encode(self, text: str) -> list[int]:
-        raise NotImplementedError
+    @abstractmethod
+    def encode(self, text: str) -> list[int]: ...
 
-    def token_bytes(self, token: int) -> bytes:
-        raise NotImplementedError
+    @abstractmethod
+    def token_bytes(self, token: int) -> bytes: ...
 
     def decode(self, ids: Iterable[int]) -> str:
         return b"".join(map(self.token_bytes, ids)).decode("utf-8", "replace")
