@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from still_agent.models.frozen import FrozenModel
 from still_memory.compactors import TRAINING_FREE
 from still_memory.compactors.base import Compactor
+from still_memory.compactors.quantised import QuantisedCompactor
 from still_memory.compactors.still import StillCompactor
 from still_memory.errors import CompactorError
 
 PACKAGED = Path(__file__).parent / "reference" / "still"
+OWN = "still"  # the name of a model's own compactor
 _METHODS = "compactor= one of " + ", ".join(map(repr, TRAINING_FREE))
 
 
 def choose_compactor(
     choice: str | Path | Compactor | None, name: str | Path, model: FrozenModel
 ) -> Compactor:
-    """A training-free method by name, a Still from a folder, or the reference model's own.
+    """A training-free method by name, a Still from a folder, or the model's own ("still").
 
-    Raises CompactorError if there is none, IdentityError if it is for another model.
+    "+int8" or "+int4" after any of them rounds what it writes (`QuantisedCompactor`). Raises
+    CompactorError if there is none, IdentityError if it is for another model.
     """
-    if choice is None:
+    if isinstance(choice, str) and (parts := re.fullmatch(r"(.+)\+int([48])", choice)):
+        return QuantisedCompactor(choose_compactor(parts[1], name, model), int(parts[2]))
+    if choice is None or choice == OWN:
         if name != "reference":
             raise CompactorError(
                 f"there is no compactor for {model.name!r}. Train one with "

@@ -25,7 +25,7 @@ from torch import Tensor
 from still_agent.budget import Budget
 from still_agent.events import Compaction, OnCompaction
 from still_agent.models.frozen import FrozenModel
-from still_agent.schedule import Held, schedule_for
+from still_agent.schedule import Held, Plan, schedule_for
 from still_memory.checkpoint import SHARES, Checkpoint, Entry, Share
 from still_memory.compactors.base import Compactor
 from still_memory.errors import BudgetError, CompactorError, InputError
@@ -110,7 +110,7 @@ class RollingState:
         at = 0
         while at < len(ids):
             if not self.free:
-                self._compact()
+                self._make_room()
             n = min(self.free, len(ids) - at, PREFILL)
             logits = self.model.forward(ids[at : at + n], self.cache, self.slots)
             self._open += ids[at : at + n]
@@ -121,6 +121,17 @@ class RollingState:
     def step(self, token: int) -> Tensor:
         """Take in one token; logits `(vocab,)` after it."""
         return self.extend([token])
+
+    def compact(self, slots: int) -> None:
+        """Make everything but the pinned prefix one span of at most `slots` slots, now.
+
+        Does nothing if no more are held. The schedule needs no such call.
+        """
+        self._seal("tail")
+        memory, tail = ([e for e in self._entries if e.share == s] for s in SHARES[1:])
+        if sum(entry.slots for entry in [*memory, *tail]) > slots:
+            tokens = sum(entry.tokens for entry in tail)
+            self._carry_out(Plan(0, len(memory), tokens, slots, level=0))
 
     # -- saved and restored -------------------------------------------------------------------
 
@@ -160,12 +171,15 @@ class RollingState:
         self._entries.append(Entry(span, start, self.length, base, share))
         self._open = []
 
-    def _compact(self) -> None:
+    def _make_room(self) -> None:
         """Do what the schedule plans next; at least one slot is free afterwards."""
         self._seal("tail")
-        pinned, memory, tail = ([e for e in self._entries if e.share == s] for s in SHARES)
+        memory, tail = ([e for e in self._entries if e.share == s] for s in SHARES[1:])
         held = [Held(entry.slots, entry.level) for entry in memory]
-        plan = self._schedule.plan(held, sum(entry.tokens for entry in tail))
+        self._carry_out(self._schedule.plan(held, sum(entry.tokens for entry in tail)))
+
+    def _carry_out(self, plan: Plan) -> None:
+        pinned, memory, tail = ([e for e in self._entries if e.share == s] for s in SHARES)
         raw, tail = _split(tail, plan.tokens)
         taken = [*memory[plan.low : plan.high], *raw]
         before, began = sum(entry.slots for entry in taken), time.perf_counter()

@@ -14,6 +14,7 @@ from torch.nn.functional import avg_pool1d
 from transformers import Qwen3ForCausalLM
 
 from still_agent import Budget
+from still_agent.compactor import choose_compactor
 from still_agent.models import FrozenModel, frozen
 from still_agent.rolling import RollingState
 from still_memory.compactors import (
@@ -27,6 +28,7 @@ from still_memory.compactors import (
     looks,
 )
 from still_memory.compactors.looks import REQUEST
+from still_memory.compactors.quantised import GROUP, QuantisedCompactor, rounded
 from still_memory.errors import CompactorError
 from still_memory.rotation import free, rotate
 from still_memory.span import Span, raw_slots
@@ -213,3 +215,51 @@ def test_another_compactors_uneven_and_empty_slots_are_taken_in(
         assert slots.bias is not None and not slots.bias.isnan().any()
         assert slots.bias.isfinite().sum(1).min() >= min(25, len(slots) - 1)
     assert short.layers[0].bias is not None and short.layers[0].bias.isfinite().all()
+
+
+# -- rounding ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [8, 4, 1])
+def test_rounding_stays_within_half_a_step_of_each_group(bits: int) -> None:
+    generator = torch.Generator().manual_seed(bits)
+    x = torch.randn(2, 70, 48, generator=generator) * torch.logspace(-2, 2, 48)
+    for dim in (1, 2):
+        parts = x.split(GROUP, dim)
+        got = rounded(x, bits, dim).split(GROUP, dim)
+        for part, near in zip(parts, got, strict=True):
+            step = (part.amax(dim, keepdim=True) - part.amin(dim, keepdim=True)) / (2**bits - 1)
+            assert ((part - near).abs() <= step / 2 * 1.001 + 1e-6).all()
+            assert near.unique().numel() <= near.numel()
+    assert rounded(x[:, :0], bits, 1).shape == (2, 0, 48)
+
+
+def test_a_group_is_rounded_to_few_numbers() -> None:
+    x = torch.randn(1, GROUP, 1, generator=torch.Generator().manual_seed(0))
+    assert rounded(x, 4, 1).unique().numel() <= 16 < x.unique().numel()
+    already = rounded(x, 4, 1)
+    assert torch.allclose(rounded(already, 4, 1), already, atol=1e-6)
+
+
+def test_rounding_leaves_the_choice_of_slots_alone_in_every_round(tiny: FrozenModel) -> None:
+    plain = KVzipCompactor(tiny)
+    round8 = QuantisedCompactor(plain, 8)
+    kept = plain.compact([raw(tiny, 0, 40)], 20)
+    near = round8.compact([raw(tiny, 0, 40)], 20)
+    assert near.compactor == round8.identity.address != kept.compactor
+    for _ in range(2):
+        for a, b in zip(kept.layers, near.layers, strict=True):
+            assert a.positions.equal(b.positions)
+            assert not a.keys.equal(b.keys)
+            assert torch.allclose(a.keys, b.keys, atol=0.05 * a.keys.abs().max().item())
+        kept = plain.compact([kept, raw(tiny, 40, 60)], 24)
+        near = round8.compact([near, raw(tiny, 40, 60)], 24)
+
+
+def test_rounding_is_chosen_by_name(tiny: FrozenModel) -> None:
+    chosen = choose_compactor("kvzip+int4", "tiny", tiny)
+    assert chosen == QuantisedCompactor(KVzipCompactor(tiny), 4)
+    with pytest.raises(CompactorError, match="there is no compactor 'gzip'"):
+        choose_compactor("gzip+int4", "tiny", tiny)
+    with pytest.raises(CompactorError, match="9 bits"):
+        QuantisedCompactor(KVzipCompactor(tiny), 9)

@@ -46,14 +46,19 @@ class Fresh:
 
 @dataclass(frozen=True)
 class AttentionMatchingCompactor:
-    """`ridge`: how firmly values are held to what they were, as a share of the fit's scale."""
+    """`ridge`: how firmly values are held to what they were, as a share of the fit's scale.
+
+    `questions`: token ids to read in place of a repetition; no rival then, but a ruler.
+    """
 
     reader: Reader = field(repr=False)
     ridge: float = 1e-2
+    questions: tuple[int, ...] = ()
 
     @property
     def identity(self) -> CompactorIdentity:
-        return CompactorIdentity(method="attention-matching", config=f"ridge={self.ridge}")
+        config = f"ridge={self.ridge}" + (f" questions={self.questions}" if self.questions else "")
+        return CompactorIdentity(method="attention-matching", config=config)
 
     def compact(self, spans: Sequence[Span], slots: int) -> Span:
         if not spans or slots < 1:
@@ -61,7 +66,7 @@ class AttentionMatchingCompactor:
         _, raw, ids = told(spans)
         asked: list[list[Tensor]] = [[] for _ in spans[0].layers]
         after: list[Tensor] = []
-        for part in repeated(self.reader, raw, ids):
+        for part in repeated(self.reader, raw, ids, self.questions):
             for queries, look in zip(asked, part, strict=True):
                 found, at = _free(look, len(ids), self.reader)
                 queries.append(found)

@@ -89,13 +89,16 @@ def told(spans: Sequence[Span]) -> tuple[list[Span], list[Span], list[int]]:
 
 
 def repeated(
-    reader: Reader, spans: Sequence[Span], ids: Sequence[int]
+    reader: Reader, spans: Sequence[Span], ids: Sequence[int], instead: Sequence[int] = ()
 ) -> Iterator[Sequence[Looks]]:
     """What the model looks at to repeat `ids` after `spans`: in as many parts as its window takes.
 
-    The method of KVzip (arXiv 2505.23416). Raises CompactorError if nothing fits behind the spans.
+    The method of KVzip (arXiv 2505.23416). `instead`: other tokens that it reads there, such as
+    the questions, for a ruler that is told them. Raises CompactorError if nothing fits behind
+    the spans.
     """
-    request = reader.encode(REQUEST)
+    request = [] if instead else reader.encode(REQUEST)
+    ids = instead or ids
     room = reader.window - sum(len(span) for span in spans) - len(request)
     if room < 1:
         raise CompactorError(

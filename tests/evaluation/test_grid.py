@@ -1,0 +1,195 @@
+"""A grid is measured once, goes on where it stopped, and compares like with like."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from still_agent.cli.app import app
+from still_agent.evaluation.dialogues import Prose
+from still_agent.evaluation.grid import Bench, Context, Grid, Row
+from still_agent.evaluation.ruler import TASKS, sized
+from still_agent.evaluation.standings import draw, interval, leads, standings
+from still_agent.evaluation.trajectory import book
+from still_agent.models import FrozenModel
+from still_memory.errors import InputError
+
+METHODS = ("full", "none", "truncate", "streaming", "kvzip", "told-selection")
+SMALL = Grid(
+    tasks=("niah_single_2", "bindings"), methods=METHODS, lengths=(160,), ratios=(4.0, 8.0),
+    rounds=(1, 2), samples=1, seeds=(0,),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def bench(tiny: FrozenModel) -> Bench:
+    return Bench(tiny, None, Prose([book()]), "tiny")
+
+
+@pytest.fixture(scope="module")
+def rows(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
+    return bench.run(SMALL, tmp_path_factory.mktemp("grid") / "rows.jsonl", lambda *_: None)
+
+
+def context(bench: Bench, task: str, length: int = 160) -> Context:
+    return Context(bench, sized(TASKS[task], "x", length, bench.prose, bench.model.tokenizer))
+
+
+def test_every_cell_is_measured_once_with_the_slots_asked_for(rows: list[Row]) -> None:
+    # full and none once, two rulers at two ratios, two compactors at two ratios and two rounds
+    assert len(rows) == 2 * (1 + 1 + 2 * 2 + 2 * 2 * 2)
+    for row in rows:
+        assert 120 <= row["tokens"] <= 164
+        assert all(0.0 <= score <= 1.0 for score in row["scores"])
+        if row["method"] == "full":
+            assert row["slots"] == row["tokens"]
+        elif row["method"] != "none":
+            assert row["slots"] == int(row["tokens"] / row["ratio"])
+
+
+def test_an_interrupted_run_goes_on_and_ends_as_one_that_was_not(
+    bench: Bench, rows: list[Row], tmp_path: Path
+) -> None:
+    file = tmp_path / "rows.jsonl"
+    seen = 0
+
+    def stop(row: Row, done: float) -> None:
+        nonlocal seen
+        seen += 1
+        if seen == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        bench.run(SMALL, file, stop)
+    with file.open("a") as cut:
+        cut.write('{"task": "bind')  # a row that a kill cut off
+    fresh: list[Row] = []
+    again = bench.run(SMALL, file, lambda row, _: fresh.append(row))
+    assert len(fresh) == len(rows) - 5
+
+    def timeless(some: list[Row]) -> list[str]:
+        return sorted(json.dumps({**row, "seconds": 0}, sort_keys=True) for row in some)
+
+    assert timeless(again) == timeless(rows)
+    assert bench.run(SMALL, file, lambda *_: pytest.fail("nothing was left to do")) == again
+
+
+def test_a_file_of_another_model_is_not_added_to(bench: Bench, tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"model": "another", "still": null}\n')
+    with pytest.raises(InputError, match="another model or compactor"):
+        bench.run(SMALL, file, lambda *_: None)
+    file.write_text("not JSON\nnot JSON\n")
+    with pytest.raises(InputError, match="line 1"):
+        bench.run(SMALL, file, lambda *_: None)
+
+
+def test_what_is_remembered_whole_answers_as_an_unbroken_conversation(bench: Bench) -> None:
+    made = context(bench, "bindings")
+    whole = made.remembered("full", 0, 1)
+    assert whole.slots == len(made.ids)
+    question = made.talk.exam[0]
+    cache = bench.model.new_cache(400)
+    tokenizer = bench.model.tokenizer
+    ids = [*made.ids, *tokenizer.message("user", question.text), *tokenizer.reply_opening()]
+    first = int(bench.model.forward(ids, cache, 0).argmax())
+    said = made.ask(whole, question)
+    assert said.startswith(tokenizer.decode([first])) and first not in tokenizer.eos_ids
+
+
+def test_asking_changes_nothing(bench: Bench) -> None:
+    made = context(bench, "bindings")
+    short = made.remembered("streaming", 40, 1)
+    question = made.talk.exam[0]
+    assert made.ask(short, question) == made.ask(short, question)
+    assert short.slots == 40
+
+
+def test_rounds_end_with_the_same_number_of_slots(bench: Bench) -> None:
+    made = context(bench, "niah_single_2")
+    for rounds in (1, 2, 4):
+        state = made.remembered("kvzip", 20, rounds)
+        assert state.slots == 20
+        assert max(entry.span.rounds for entry in state.entries) == max(1, rounds)
+
+
+def test_a_ruler_that_is_told_the_questions_keeps_other_slots(bench: Bench) -> None:
+    made = context(bench, "bindings")
+    blind = made.remembered("kvzip", 24, 1).entries[0].span.layers[0].positions
+    told = made.remembered("told-selection", 24, 1).entries[0].span.layers[0].positions
+    assert blind.shape == told.shape and not blind.equal(told)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"tasks": ("niah",)}, "no task 'niah'; the known ones are niah_single_1"),
+        ({"methods": ("gzip",)}, "no method 'gzip'; the known ones are still"),
+        ({"ratios": (0.5,)}, "a ratio of 0.5 makes no sense"),
+        ({"ratios": (64.0,), "lengths": (128,)}, "leaves 128 tokens fewer than 4"),
+        ({"rounds": (0,)}, "a number of rounds of 0"),
+    ],
+)
+def test_a_grid_that_makes_no_sense_is_refused(wrong: dict, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        Grid(**wrong)
+
+
+def test_a_context_past_the_models_window_is_refused(bench: Bench, tmp_path: Path) -> None:
+    grid = Grid(tasks=("vt",), methods=("full",), lengths=(bench.model.window,))
+    with pytest.raises(InputError, match="do not fit the window of 512"):
+        bench.run(grid, tmp_path / "rows.jsonl", lambda *_: None)
+
+
+def row(method: str, sample: int, *scores: float, task: str = "vt") -> Row:
+    return {
+        "task": task, "length": 1000, "seed": 0, "sample": sample, "method": method,
+        "ratio": 1.0 if method == "full" else 8.0, "rounds": 1, "tokens": 999, "slots": 124,
+        "seconds": 0.1, "scores": list(scores),
+    }  # fmt: skip
+
+
+def test_standings_and_leads_by_hand() -> None:
+    rows = [
+        row("full", 0, 1.0), row("full", 1, 0.5), row("still", 0, 1.0), row("still", 1, 0.0),
+        row("kvzip", 0, 0.5, 0.0), row("kvzip", 1, 0.0), row("knorm", 0, 0.0), row("knorm", 1, 0.0),
+    ]  # fmt: skip
+    found = {s.method: s for s in standings(rows) if s.tasks == "vt"}
+    assert found["still"].score == 0.5
+    assert found["still"].share_of_full == pytest.approx(2 / 3)
+    assert found["kvzip"].score == 0.125
+    (lead,) = (x for x in leads(rows) if x.tasks == "all, never trained")
+    assert lead.rival == "kvzip"
+    assert lead.lead == pytest.approx(0.375)
+    assert lead.interval == (0.0, 0.75)
+
+
+def test_an_interval_holds_its_mean_and_narrows() -> None:
+    few, many = interval([0.0, 1.0] * 4), interval([0.0, 1.0] * 64)
+    assert few[0] < many[0] < 0.5 < many[1] < few[1]
+
+
+def test_the_plot_is_a_picture(rows: list[Row], tmp_path: Path) -> None:
+    draw(rows, tmp_path / "grid.png")
+    assert (tmp_path / "grid.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_command(tiny_folder: Path, tmp_path: Path) -> None:
+    command = ["eval", "ruler", "--model", str(tiny_folder), "--tasks", "bindings", "--methods",
+               "full,knorm", "--lengths", "120", "--ratios", "4", "--samples", "1", "--seeds", "0",
+               "--out", str(tmp_path / "eval")]  # fmt: skip
+    done = CliRunner().invoke(app, [*command, "--json"])
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert {s["method"] for s in found["standings"]} == {"full", "knorm"}
+    table = CliRunner().invoke(app, command)
+    assert "knorm" in table.stdout and (tmp_path / "eval" / "grid.png").exists()
+
+
+def test_a_wrong_list_is_named() -> None:
+    done = CliRunner().invoke(app, ["eval", "ruler", "--ratios", "8,many"])
+    assert isinstance(done.exception, InputError)
+    assert "not a list of numbers" in str(done.exception)
