@@ -69,8 +69,8 @@ def lay_look_again(
     tokens = unit(embedding[torch.cat([ids[0] for ids, _ in samples])])
     itself = torch.linalg.solve(tokens.T @ tokens, tokens.T @ every)  # its part in the stream
     rest = torch.eye(width) - _projection(itself)
-    asking = picked(read, [[ask for _, ask, _ in x.copies] for _, x in samples])
-    told = picked(read, [[told[0] for _, _, told in x.copies] for _, x in samples])
+    asking = picked(read, [[ask for _, ask, _ in x.looked_up] for _, x in samples])
+    told = picked(read, [[told[0] for _, _, told in x.looked_up] for _, x in samples])
     pairs = torch.arange(SLOW.start, SLOW.stop)
     rows = torch.cat([pairs, pairs + d // 2])
     ask, tell = canonical(every @ rest, asking @ rest, told @ rest, len(rows))

@@ -24,18 +24,26 @@ from still_agent.evaluation.dialogues import Dialogue
 from still_agent.evaluation.facts import Fact
 
 Look = tuple[int, int, list[int]]
+NOTHING = -1e30  # a logit; an infinite one has no gradient where all heads hold it
 NEAR = 150  # characters between a value and the subject that it belongs to, at most
 
 
 @dataclass
 class Lookups:
-    """Of a batch: what is to be copied and what this answer has said, (row, asking token, their
-    tokens), and what was told, (row, token, is it restated).
+    """Of a batch, (row, asking token, their tokens): where a value to be said was told, where any
+    value of that fact was (outdated ones too), its next token where its first was, and what this
+    answer has said. And what was told, (row, token, is it restated).
     """
 
     copies: list[Look] = field(default_factory=list)
+    onward: list[Look] = field(default_factory=list)
+    mentions: list[Look] = field(default_factory=list)
     said: list[Look] = field(default_factory=list)
     told: list[tuple[int, int, bool]] = field(default_factory=list)
+
+    @property
+    def looked_up(self) -> list[Look]:
+        return self.copies + self.onward
 
     def add(self, row: int, words: Sequence[str], talk: Dialogue) -> None:
         """Those of `talk`, whose tokens read as `words` and were cut off at the row's end."""
@@ -73,6 +81,7 @@ class Lookups:
             }  # fmt: skip
             if len(left) < len(fact.current):
                 continue
+            mentioned = [places[id(fact), i] for i in range(len(fact.values))]
             said: list[int] = []
             for value in sorted(left, key=lambda v: text.find(v, at)):
                 here = token(text.find(value, at))
@@ -80,12 +89,13 @@ class Lookups:
                     self.said.append((row, here - 1, list(said)))
                 said.append(here)
                 self.copies.append((row, here - 1, list(left.values())))
+                self.mentions.append((row, here - 1, mentioned))
                 there, more = left.pop(value), 1
                 while (
                     starts[here + more] < text.find(value, at) + len(value)
                     and words[here + more] == words[there + more]
                 ):
-                    self.copies.append((row, here + more - 1, [there + more]))
+                    self.onward.append((row, here + more - 1, [there + more]))
                     more += 1
 
 
@@ -99,12 +109,12 @@ def told_at(text: str, fact: Fact, value: str, start: int) -> int:
 
 def lookup_loss(
     model: Qwen3ForCausalLM, n: int, x: Tensor, looks: Sequence[Look], *,
-    heads: slice = slice(None), every_head: bool = False,
+    heads: slice = slice(None), every_head: bool = False, every_token: bool = False,
 ) -> Tensor:  # fmt: skip
     """Mean negative log of the attention that `heads` of layer `n` pay to the tokens of `looks`.
 
-    Of every head, or of the heads' mean, which lets them divide the work. `x` (B, T, D): what
-    the layer reads.
+    Of every head, or of the heads' mean, which lets them divide the work; to all of a look's
+    tokens together, or to each of them alike. `x` (B, T, D): what the layer reads.
     """
     if not looks:
         return x.new_zeros(())
@@ -125,14 +135,17 @@ def lookup_loss(
         found = torch.einsum("nghd,tgd->nght", per_group, k[b]).flatten(1, 2)
         logits[mine] = found.float() * d**-0.5
     future = torch.arange(x.shape[1]) > asks[:, None]
-    logits = logits.masked_fill(future[:, None], float("-inf")).log_softmax(-1)
+    logits = logits.masked_fill(future[:, None], NOTHING).log_softmax(-1)
     right = torch.zeros(len(rows), x.shape[1], dtype=torch.bool)
     for row, (_, _, told) in enumerate(looks):
         right[row, told] = True
-    found = logits.masked_fill(~right[:, None], float("-inf")).logsumexp(-1)[:, heads]  # (n, H)
-    if every_head:
-        return -found.mean()
-    return -(found.logsumexp(-1) - math.log(found.shape[-1])).mean()
+    logits = logits[:, heads]
+    if not every_head:  # of the heads' mean
+        logits = logits.logsumexp(1, keepdim=True) - math.log(logits.shape[1])
+    if every_token:
+        shares = logits.masked_fill(~right[:, None], 0.0).sum(-1) / right.sum(-1, keepdim=True)
+        return -(shares + right.sum(-1, keepdim=True).log()).mean()
+    return -logits.masked_fill(~right[:, None], NOTHING).logsumexp(-1).mean()
 
 
 def restated_loss(x: Tensor, restated: Tensor, lookups: Lookups) -> Tensor:

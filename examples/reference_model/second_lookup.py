@@ -58,8 +58,8 @@ def lay_second_lookup(model: Qwen3ForCausalLM, samples: Sequence[Sample], seed: 
     _carry(carrier.self_attn, torch.cat(early), probe, restated, base, g)
 
     late = stream(model, samples, -2)
-    asking = unit(picked(late, [[ask for _, ask, _ in x.copies] for _, x in samples]))
-    told = unit(picked(late, [[told[0] for _, _, told in x.copies] for _, x in samples]))
+    asking = unit(picked(late, [[ask for _, ask, _ in x.looked_up] for _, x in samples]))
+    told = unit(picked(late, [[told[0] for _, _, told in x.looked_up] for _, x in samples]))
     chooser.input_layernorm.weight.fill_(1.0)
     _choose(chooser.self_attn, unit(torch.cat(late)), restated, asking, told, g)
     copying(chooser.self_attn, embedding, VOICE * length_of(late) / 16, g)

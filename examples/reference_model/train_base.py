@@ -6,9 +6,10 @@ One process a core (`--threads 1`) is faster than one process with several threa
 one needs no torchrun.
 
 A curriculum of context lengths; a stage ends when held-out recall passes `advance` or its
-share of the time is spent. The loss is cross-entropy on answers plus `prose_weight` times
-that on a sample of all other tokens; with a second lookup (`second_lookup.py`, and then
-`look_again.py`), also `lookup_weight` times what `lookups.py` asks of attention. Writes a
+share of the time is spent (`--mixed`: all stages at once, each as often as its minutes say).
+The loss is cross-entropy on answers plus `prose_weight` times that on a sample of all other
+tokens; with a second lookup (`second_lookup.py`, and then `look_again.py`), also
+`lookup_weight` times what `lookups.py` asks of attention. Writes a
 Hugging Face folder, `log.jsonl`, and a checkpoint to resume from.
 """
 
@@ -47,8 +48,7 @@ Losses = dict[str, float]
 RESTATED = "restated.safetensors"
 LOOKUP = 1  # the layer that finds statements; the last one chooses among them
 QUESTION_TOKENS = 36  # of a question and its answer, about
-MOST_QUESTIONS = 24
-SHORT = 256  # tokens of a short row
+FEWEST_QUESTIONS, MOST_QUESTIONS = 12, 24
 
 
 def build(args: argparse.Namespace) -> Qwen3ForCausalLM:
@@ -100,10 +100,6 @@ class Stage:
         length, fewest, most, rows, minutes, dense = text.split(",")
         return cls(int(length), int(fewest), int(most), int(rows), float(minutes), float(dense))
 
-    def shortened(self) -> Stage:
-        """As many tokens of short talks: two statements alone are not like two among twenty."""
-        return Stage(SHORT, 1, 5, self.rows * self.length // SHORT, self.minutes, 0.9)
-
 
 def batch(
     rng: random.Random, split: Split, prose: Prose, tokenizer: TiktokenTokenizer, stage: Stage,
@@ -121,6 +117,10 @@ def batch(
         room = stage.length - asked * QUESTION_TOKENS - 30
         tokens = 0 if rng.random() < stage.dense else max(room, 0)
         talk = dialogue(rng, split, prose, tokens=tokens, told=told, asked=asked)
+        most = stage.length - min(asked, FEWEST_QUESTIONS) * QUESTION_TOKENS
+        while len(render(tokenizer, talk.context)[0]) > most and len(told) > 1:
+            told = told[: len(told) * 4 // 5]  # else its questions would be cut off
+            talk = dialogue(rng, split, prose, tokens=tokens, told=told, asked=asked)
         row, mask = render(tokenizer, talk.lines())
         row, mask = [*tokenizer.start, *row], [False] * len(tokenizer.start) + mask
         n = min(len(row), stage.length)
@@ -229,25 +229,38 @@ class Run:
         if self.args.compile:
             body = torch.compile(body, dynamic=False)
         while self.stage < len(self.stages):
-            stage = self.stages[self.stage]
             rng = random.Random(f"{self.args.seed} {self.stage} {self.step} {rank()}")
             losses: list[Losses] = []
             clock, before = time.time(), self.spent
             began = self.here
             score = 0.0
-            while self.here < stage.minutes and score < self.args.advance:
-                short = self.args.short_every and self.step % self.args.short_every == 0
-                losses.append(self.learn(body, rng, stage.shortened() if short else stage))
+            while self.here < self.minutes and score < self.args.advance:
+                losses.append(self.learn(body, rng, self.drawn(self.step)))
                 minutes = agreed((time.time() - clock) / 60)
                 self.spent, self.here = before + minutes, began + minutes
                 if self.step % self.args.every == 0:
+                    stage = self.drawn(self.step)
                     score = agreed(exact(self.model, self.held_out, self.tokenizer, stage, 16))
                     if rank() == 0:
                         self.report(stage, losses, score)
                     losses.clear()
-            self.stage, self.here = self.stage + 1, 0.0
+            self.stage = len(self.stages) if self.args.mixed else self.stage + 1
+            self.here = 0.0
         if rank() == 0:
             self.save()
+
+    @property
+    def minutes(self) -> float:
+        """Of what is under way: a stage, or with `--mixed` all of them together."""
+        some = self.stages if self.args.mixed else self.stages[self.stage : self.stage + 1]
+        return sum(s.minutes for s in some)
+
+    def drawn(self, step: int) -> Stage:
+        """The stage that a step belongs to, the same one in every process."""
+        if not self.args.mixed:
+            return self.stages[self.stage]
+        weights = [s.minutes for s in self.stages]
+        return random.Random(f"{self.args.seed} {step}").choices(self.stages, weights)[0]
 
     def forward(self, ids: Tensor) -> list[Tensor]:
         """What each layer reads, and last the final hidden state, all (B, T, D)."""
@@ -296,17 +309,23 @@ class Run:
 
     def asked_of_attention(self, streams: list[Tensor], lookups: Lookups) -> dict[str, Tensor]:
         """What `lookups.py` makes of the layers' inputs; `streams` as `forward` returns them."""
-        model, copies, last = self.model, lookups.copies, len(streams) - 1
+        model, copies, onward = self.model, lookups.copies, lookups.onward
+        first, final, last = streams[LOOKUP], streams[-1], len(streams) - 1
         parts = {
-            "found": lookup_loss(model, LOOKUP, streams[LOOKUP], copies),
-            "chosen": lookup_loss(model, last, streams[last], copies, every_head=True),
-            "restated": restated_loss(streams[last], self.restated, lookups),
+            "found": lookup_loss(model, LOOKUP, first, lookups.mentions, every_token=True)
+            + lookup_loss(model, LOOKUP, first, onward),
+            "chosen": lookup_loss(model, last, final, copies, every_head=True),
+            "onward": lookup_loss(model, last, final, onward, every_head=True),
+            "restated": restated_loss(final, self.restated, lookups),
         }
         if self.again:  # as look_again.py divides the heads of the layer before the last
             group = model.config.num_attention_heads // model.config.num_key_value_heads
-            x, n = streams[last - 1], last - 1
-            parts["again"] = lookup_loss(model, n, x, copies, heads=slice(0, group))
-            parts["unsaid"] = lookup_loss(model, n, x, lookups.said, heads=slice(group + 1, None))
+            x, n, those = streams[last - 1], last - 1, slice(0, group)
+            parts["again"] = lookup_loss(model, n, x, copies, heads=those)
+            parts["onward"] = parts["onward"] + lookup_loss(model, n, x, onward, heads=those)
+            parts["unsaid"] = lookup_loss(
+                model, n, x, lookups.said, heads=slice(group + 1, None), every_token=True
+            )
         return parts
 
     def report(self, stage: Stage, losses: list[Losses], score: float) -> None:
@@ -353,10 +372,11 @@ def main() -> None:
     p.add_argument("--prefer-recent", action="store_true", help="see structured_init.py")
     p.add_argument("--second-lookup", action="store_true", help="see second_lookup.py")
     p.add_argument("--look-again", action="store_true", help="see look_again.py")
+    p.add_argument("--mixed", action="store_true", help="draw every step's stage, by its minutes")
     p.add_argument("--compile", action="store_true")
     integers = {
         "d": 256, "ff": 512, "layers": 4, "heads": 6, "kv_heads": 2, "head_dim": 64,
-        "seed": 0, "threads": 2, "every": 50, "short_every": 0,
+        "seed": 0, "threads": 2, "every": 50,
     }  # fmt: skip
     numbers = {
         "theta": 1e6, "lr": 1e-3, "decay": 0.6, "final": 0.03, "prose_weight": 0.3, "advance": 0.97,

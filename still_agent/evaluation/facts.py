@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import hashlib
 import random
+import string
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 
 from still_agent.evaluation.phrasings import (
+    HELD_OUT_WORDS,
     MULTI_VALUE_QUESTIONS,
     NEEDLE,
     PERSON,
@@ -26,9 +28,10 @@ from still_agent.evaluation.phrasings import (
     phrase,
 )
 
-UNMARKED = 0.7  # share of training statements, first ones and corrections alike, told plainly
+UNMARKED = 0.5  # share of training statements, first ones and corrections alike, told plainly
 
-GLUED = 0.3  # share of training words that are no words
+GLUED = 0.3  # share of training words that are glued from two
+SPELT = 0.15  # and of those that are any letters at all
 
 
 @dataclass(frozen=True)
@@ -120,7 +123,8 @@ def side(text: str) -> Split:
 def words(split: Split) -> tuple[str, ...]:
     """English words of 4 to 8 letters on one side of the split."""
     text = resources.files("still_agent.evaluation").joinpath("words.txt").read_text("utf-8")
-    return tuple(w for w in text.split() if side(w) == split)
+    found = (w for w in text.split() if side(w) == split)
+    return tuple(w for w in found if split == "held_out" or w not in HELD_OUT_WORDS)
 
 
 @cache
@@ -149,12 +153,18 @@ def number(rng: random.Random, split: Split, digits: int) -> str:
 
 
 def word(rng: random.Random, split: Split) -> str:
-    """A word. In training some are glued from two, so that any spelling can be copied."""
-    if split == "train" and rng.random() < GLUED:
-        head, tail = rng.choice(words(split)), rng.choice(words(split))
-        glued = head[: rng.randint(2, 5)] + tail[-rng.randint(2, 4) :]
-        if side(glued) == split:
-            return glued
+    """A word. In training some are no words, so that any spelling can be read and copied."""
+    if split == "train":
+        draw = rng.random()
+        if draw < GLUED:
+            head, tail = rng.choice(words(split)), rng.choice(words(split))
+            made = head[: rng.randint(2, 5)] + tail[-rng.randint(2, 4) :]
+        elif draw < GLUED + SPELT:
+            made = "".join(rng.choices(string.ascii_lowercase, k=rng.randint(3, 7)))
+        else:
+            made = rng.choice(words(split))
+        if side(made) == split and made not in HELD_OUT_WORDS:
+            return made
     return rng.choice(words(split))
 
 

@@ -4,13 +4,14 @@ Each form of fact has a `train` and a `held_out` side. The train side is a small
 `<name>` stands for one of `GRAMMAR[name]`, so a few hundred lines give millions of sentences
 (with two dozen set phrasings a small model learns those, and not to read). The held-out side
 is a few sentences that the grammar cannot make. Slots: `{s}` subject, `{a}` attribute, `{v}`
-value, `{w}` any word.
+value, `{w}` any word, `{W}` the same with a capital.
 """
 
 from __future__ import annotations
 
 import random
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -39,6 +40,8 @@ GRAMMAR: dict[str, tuple[str, ...]] = {
         "besides, ", "for the record, ", "between us, ", "first, ", "second, ", "look, ", "oh, ",
         "yes, ", "no, ", "right, ", "today ", "my notes: ", "about the {w}: ", "{w}, ",
         "after the {w}, ", "before we go on, ", "now, ", "maybe, ", "hello. ", "good. ",
+        "{w}: ", "{w}: ", "{w}: ", "{w}: ", "{w}: ", "{w}: ", "{w} - ", "{w}; ", "{w}. ",
+        "the {w}: ", "a {w}: ", "{w}, ", "{w}, ",
         "<that> ", "<that> ", "<that> ", "<that> ", "<that> ",
     ),
     "that": (
@@ -117,11 +120,14 @@ GRAMMAR: dict[str, tuple[str, ...]] = {
         "no, ", "a new fact: ", "as of today ", "it has changed: ", "not any more: ",
         "scratch that: ", "forget what I said: ", "new: ", "a change of plan: ", "to correct it, ",
         "that was wrong: ", "I must correct this: ", "since today ", "by now ", "they changed it: ",
+        "{w}: ", "{w}: ", "{w}: ", "{w}: ", "{w}: ", "{w}: ", "{w}, ", "{w}, ", "a {w}: ",
+        "the {w}: ", "{w} - ",
     ),
     "isnow": (
         "is now", "is now", "is", "is", "is from today", "has changed to", "was changed to",
         "is instead", "will be", "is really", "has turned into", "is today", "changes to",
-        "<verb>", "<verb>", "<verb>", "<verb>", "<verb>",
+        "<verb>", "<verb>", "<verb>", "<verb>", "<verb>", "<verb>", "<verb>", "<verb>", "<verb>",
+        "<verb>", "<verb>", "<verb>",
     ),
     # Needles.
     "magic": (
@@ -397,11 +403,31 @@ RELATIVE = Family(
 )  # fmt: skip
 
 
+_ALL = (
+    MULTI_VALUE_QUESTIONS,
+    MULTI_QUERY_QUESTIONS,
+    *(f for x in (NEEDLE, PERSON, RELATIVE) for f in (x.statements, x.corrections, x.questions)),
+)
+
+
+def _words(forms: Iterable[str]) -> set[str]:
+    return set(re.findall(r"[a-z]{4,}", " ".join(forms).lower()))
+
+
+HELD_OUT_WORDS: frozenset[str] = frozenset(
+    _words(form for forms in _ALL for form in forms["held_out"])
+    - _words(form for forms in _ALL for form in forms["train"])
+    - _words(form for forms in GRAMMAR.values() for form in forms)
+)
+"""Words that only held-out forms use: `{w}` must never be one of them in training."""
+
+
 def phrase(rng: random.Random, forms: Forms, split: Split, **slots: str) -> str:
     """One of `forms` with its slots filled; train forms are first expanded by the grammar."""
     form = rng.choice(forms[split])
     if split == "train":
         form = _sentences(_expand(rng, form))
+        slots["W"] = slots["w"].capitalize()
     return form.format(**slots)
 
 
@@ -412,5 +438,5 @@ def _expand(rng: random.Random, form: str) -> str:
 
 
 def _sentences(text: str) -> str:
-    """Capitals at the beginning and after a full stop; what a slot holds stays as it is."""
-    return re.sub(r"(?:^|(?<=[.?!] ))[a-z]", lambda m: m[0].upper(), text)
+    """Capitals at the beginning and after a full stop; of slots, only `{w}` becomes `{W}`."""
+    return re.sub(r"(?:^|(?<=[.?!] ))(?:[a-z]|\{w\})", lambda m: m[0].upper(), text)

@@ -11,6 +11,7 @@ from still_agent.evaluation import facts
 from still_agent.evaluation.facts import Fact
 from still_agent.evaluation.phrasings import (
     GRAMMAR,
+    HELD_OUT_WORDS,
     MULTI_QUERY_QUESTIONS,
     MULTI_VALUE_QUESTIONS,
     NEEDLE,
@@ -61,13 +62,23 @@ def test_keys_of_two_words_use_words_of_their_side() -> None:
     assert all(set(key.split("-")) <= words for key in keys)
 
 
+ANY_WORD = rf"(?!(?:{'|'.join(sorted(HELD_OUT_WORDS))})\b)\w+"
+
+
+def test_words_that_only_held_out_forms_use_are_never_drawn_in_training() -> None:
+    assert {"update", "became"} <= HELD_OUT_WORDS
+    assert not HELD_OUT_WORDS & set(facts.words("train"))
+    rng = random.Random(0)
+    assert not HELD_OUT_WORDS & {facts.word(rng, "train") for _ in range(20_000)}
+
+
 def pattern(form: str) -> str:
     """All that the grammar makes of a form, as a regular expression; slots stand for themselves."""
     parts = re.split(r"(<\w+>)", form)
     return "".join(
         f"(?:{'|'.join(map(pattern, GRAMMAR[part[1:-1]]))})"
         if part.startswith("<")
-        else re.escape(part).replace(r"\{w\}", r"\w+")
+        else re.escape(part).replace(r"\{w\}", ANY_WORD)
         for part in parts
     )
 

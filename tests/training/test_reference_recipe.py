@@ -40,9 +40,16 @@ def test_a_lookup_points_to_the_same_token_in_the_newest_statement(
     lookups = Lookups()
     lookups.add(0, words, talk)
     assert len(lookups.copies) >= len(talk.exam)
-    for _, ask, places in lookups.copies:
+    for _, ask, places in lookups.looked_up:
         assert all(place <= ask for place in places)
         assert ids[ask + 1] in {ids[place] for place in places}
+    # a value's every mention, outdated ones too, and none but those
+    assert [ask for _, ask, _ in lookups.mentions] == [ask for _, ask, _ in lookups.copies]
+    told_at = {place for _, place, _ in lookups.told}
+    for (_, _, newest), (_, _, every) in zip(lookups.copies, lookups.mentions, strict=True):
+        assert set(newest) <= set(every) <= told_at
+    assert any(len(every) > len(new) for (_, _, new), (_, _, every)
+               in zip(lookups.copies, lookups.mentions, strict=True))  # fmt: skip
     values = {place for _, _, places in lookups.copies for place in places}
     for _, ask, said in lookups.said:  # what this answer gave before was told, and comes no more
         assert {ids[at] for at in said} <= {ids[at] for at in values}
@@ -76,7 +83,7 @@ def test_training_runs_stops_and_goes_on(tmp_path: Path) -> None:
     stage = "160,3,3,2,0.001,1"  # a step is over the time
     first = train("a", "--stages", stage)
     assert [row["step"] for row in first] == [1] and first[0]["answer"] > 0
-    laid = ("--second-lookup", "--look-again", "--short-every", "1")
+    laid = ("--second-lookup", "--look-again", "--mixed")
     second = train("b", "--stages", stage, "--init", str(tmp_path / "a"), *laid)
     assert min(second[0][part] for part in ("restated", "again", "chosen")) > 0
     assert "restated" not in first[0]
