@@ -24,6 +24,7 @@ def main() -> None:
     p.add_argument("after", type=Path)
     p.add_argument("out", type=Path)
     p.add_argument("--share", type=float, default=0.5, help="of AFTER")
+    p.add_argument("--whole", action="store_true", help="also what look_again.py laid, in both")
     args = p.parse_args()
     before, after = (
         Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -32,7 +33,10 @@ def main() -> None:
     laid_anew = f"layers.{after.config.num_hidden_layers - 2}.self_attn."
     old, new = before.state_dict(), after.state_dict()
     after.load_state_dict(
-        {n: t if laid_anew in n else torch.lerp(old[n], t, args.share) for n, t in new.items()}
+        {
+            n: t if laid_anew in n and not args.whole else torch.lerp(old[n], t, args.share)
+            for n, t in new.items()
+        }
     )
     after.save_pretrained(args.out)
     if (known := args.after / RESTATED).exists():
