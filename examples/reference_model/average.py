@@ -1,9 +1,10 @@
 """The mean of two models' weights, one trained on from the other (model soups, arXiv 2203.05482).
 
-    python examples/reference_model/average.py BEFORE AFTER OUT [--share 0.5]
+    python examples/reference_model/average.py BEFORE AFTER OUT [--share 0.5] [--whole]
 
 What a run learns anew and what it forgets on the way both count half. The attention of the layer
-before the last, which `look_again.py` laid down anew in between, is AFTER's alone.
+before the last, which `look_again.py` laid down anew in between, is AFTER's alone; `--whole` if it
+was laid before both.
 """
 
 from __future__ import annotations
