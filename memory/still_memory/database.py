@@ -166,12 +166,13 @@ class StoreFile:
 
     def _configure(self, conn: sqlite3.Connection) -> None:
         try:
+            # Tables first: another process may be making them now, its name in the same commit.
+            (tables,) = conn.execute("select count(*) from sqlite_master").fetchone()
             (application,) = conn.execute("pragma application_id").fetchone()
         except sqlite3.DatabaseError as error:
             if error.sqlite_errorname != "SQLITE_NOTADB":
                 raise
             raise self._not_sqlite() from None
-        (tables,) = conn.execute("select count(*) from sqlite_master").fetchone()
         if tables and application != APPLICATION_ID:
             raise StoreError(
                 f"{self.path} is a SQLite file of another program; name another file as the store"
