@@ -154,7 +154,7 @@ class Bench:
         self, grid: Grid, task: str, length: int, seed: int, sample: int, known: set[Any]
     ) -> Iterator[Row]:
         place = {"task": task, "length": length, "seed": seed, "sample": sample}
-        cells = [
+        cells: list[Row] = [
             {**place, "method": method, "ratio": ratio, "rounds": rounds}
             for method in grid.methods for ratio, rounds in grid.cells(method)
         ]  # fmt: skip

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from still_agent.evaluation import facts
 from still_agent.evaluation.dialogues import (
@@ -272,7 +272,7 @@ def asking_of(path: Path) -> Task:
     return Task(partial(answering, source=squad(path)), part=True)
 
 
-def _of_squad(data: Sequence[dict]) -> list[Asking]:
+def _of_squad(data: Sequence[dict[str, Any]]) -> list[Asking]:
     return [
         Asking(q["question"], tuple(a["text"] for a in q["answers"]), (p["context"],))
         for article in data for p in article["paragraphs"] for q in p["qas"]
@@ -280,7 +280,7 @@ def _of_squad(data: Sequence[dict]) -> list[Asking]:
     ]  # fmt: skip
 
 
-def _of_hotpot(data: Sequence[dict]) -> list[Asking]:
+def _of_hotpot(data: Sequence[dict[str, Any]]) -> list[Asking]:
     return [
         Asking(q["question"], (q["answer"],), tuple(f"{t}\n{''.join(s)}" for t, s in q["context"]))
         for q in data
