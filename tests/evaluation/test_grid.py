@@ -11,10 +11,10 @@ from typer.testing import CliRunner
 from still_agent.cli.app import app
 from still_agent.evaluation.dialogues import Prose
 from still_agent.evaluation.grid import Bench, Context, Grid, Row
-from still_agent.evaluation.ruler import TASKS, sized
+from still_agent.evaluation.ruler import TASKS, score, sized
 from still_agent.evaluation.standings import draw, interval, leads, standings
 from still_agent.evaluation.trajectory import book
-from still_agent.models import FrozenModel
+from still_agent.models import FrozenModel, load_model
 from still_memory.errors import InputError
 
 METHODS = ("full", "none", "truncate", "streaming", "kvzip", "told-selection")
@@ -121,6 +121,18 @@ def test_a_ruler_that_is_told_the_questions_keeps_other_slots(bench: Bench) -> N
     blind = made.remembered("kvzip", 24, 1).entries[0].span.layers[0].positions
     told = made.remembered("told-selection", 24, 1).entries[0].span.layers[0].positions
     assert blind.shape == told.shape and not blind.equal(told)
+
+
+def test_fitted_slots_know_what_a_told_selection_has_lost() -> None:
+    made = context(Bench(load_model("reference"), None, Prose([book()])), "niah_multikey_2", 512)
+    (question,) = made.talk.exam
+
+    def found(method: str) -> float:
+        state = made.remembered(method, 48, 1)
+        assert state.slots == 48
+        return score(made.ask(state, question), question.expected)
+
+    assert (found("told-selection"), found("told-optimised")) == (0.0, 1.0)
 
 
 @pytest.mark.parametrize(

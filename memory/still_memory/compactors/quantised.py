@@ -3,7 +3,7 @@
 Keys are rounded channel by channel over groups of slots, for some channels are large in all of
 them; values slot by slot over groups of channels. Each group has its own smallest value and step.
 What is kept in memory is the rounded numbers in the model's dtype, so this shows what rounding
-costs, and says how many bytes it would save; it saves none by itself.
+costs; it saves no bytes by itself.
 """
 
 from __future__ import annotations
@@ -65,8 +65,3 @@ def rounded(x: Tensor, bits: int, dim: int) -> Tensor:
     step = ((high - low) / (2**bits - 1)).clamp(min=1e-12)
     grid = ((groups - low) / step).round() * step + low
     return grid.flatten(-2)[..., :n].movedim(-1, dim).to(x.dtype)
-
-
-def bytes_per_number(bits: int) -> float:
-    """Of a stored number, its share of the group's fp16 step and smallest value included."""
-    return bits / 8 + 4 / GROUP
