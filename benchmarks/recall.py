@@ -29,7 +29,7 @@ from still_agent.training.exams import Exams, all_right
 from still_agent.training.student import answer_logits
 from still_agent.training.teacher import teach
 from still_memory.compactors import TRAINING_FREE, Compactor
-from still_memory.compactors.still.compactor import PER_SLOT, Cache
+from still_memory.compactors.cache import PER_SLOT, Cache
 from still_memory.span import Slots, Span
 
 METHODS = ("still", *TRAINING_FREE)
