@@ -1,11 +1,12 @@
 """Recall after one compaction, against the full cache and against training-free rivals.
 
-    python benchmarks/recall.py [--length 1024] [--seeds 3] [--json FILE]
+    python benchmarks/recall.py [--length 1024] [--seeds 3] [--methods still ...] [--json FILE]
 
 Held-out dialogues (words, names, numbers, phrasings and a book that nothing was trained on);
 every method gets the same contexts, the same slots and the same questions, which none sees
 before it compacts. An answer counts if greedy decoding gives it exactly. Two densities of
-facts: what must be kept decides as much as the ratio.
+facts: what must be kept decides as much as the ratio. A rival's name with "+shares" deals its slots
+out to layers as Still's are.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from still_agent.compactor import choose_compactor
 from still_agent.evaluation.dialogues import Prose
+from still_agent.evaluation.methods import plain, shared
 from still_agent.evaluation.trajectory import book
 from still_agent.models.frozen import FrozenModel
 from still_agent.models.loading import load_model
@@ -30,9 +32,10 @@ from still_agent.training.student import answer_logits
 from still_agent.training.teacher import teach
 from still_memory.compactors import TRAINING_FREE, Compactor
 from still_memory.compactors.cache import PER_SLOT, Cache
+from still_memory.shares import dealt
 from still_memory.span import Slots, Span
 
-METHODS = ("still", *TRAINING_FREE)
+METHODS = ("still", *TRAINING_FREE, *(f"{name}+shares" for name in TRAINING_FREE))
 DENSITIES = {"1 fact in 100 tokens": 1.0, "1 fact in 40 tokens": 2.5}
 
 
@@ -79,8 +82,9 @@ def main() -> None:
     p.add_argument("--json", type=Path)
     args = p.parse_args()
     frozen = load_model(args.model)
+    still = choose_compactor(args.compactor, args.model, frozen)
     compactors: dict[str, Compactor] = {
-        name: choose_compactor(args.compactor if name == "still" else name, args.model, frozen)
+        name: still if name == "still" else choose_compactor(plain(name), args.model, frozen)
         for name in args.methods
     }
     prose = Prose([book()])
@@ -98,13 +102,15 @@ def main() -> None:
             spans = spans_of(lesson.cache, exams.context)
             for ratio in args.ratios:
                 for name, compactor in compactors.items():
-                    short = stacked([compactor.compact([s], args.length // ratio) for s in spans])
+                    shares = still.shares if shared(name) else compactor.shares
+                    counts = dealt(args.length // ratio, shares, [args.length] * frozen.layers)
+                    short = stacked([compactor.compact([s], counts) for s in spans])
                     share = right(frozen, exams, short) / lesson.right[1]
                     scores.setdefault((name, ratio), []).append(share)
         print(f"{title}, {args.length} tokens: full cache {spread(full)}")
         for (name, ratio), values in sorted(scores.items()):
             of_full = statistics.mean(values) / statistics.mean(full)
-            print(f"  {name:20} {ratio:3}x  {spread(values)}  {of_full:6.1%} of the full cache")
+            print(f"  {name:25} {ratio:3}x  {spread(values)}  {of_full:6.1%} of the full cache")
             found.append({"density": density, "method": name, "ratio": ratio, "exact": values,
                           "full": full, "share_of_full": of_full})  # fmt: skip
     if args.json:

@@ -6,8 +6,10 @@ change, each with the place it stands at. The newest tokens are in the cache alo
 run) until they are sealed, that is, copied once into a raw span: at a compaction and at a
 checkpoint.
 
-Slot `i` of the state stands at position `i`. When a compaction has made the state shorter,
-everything behind it moves down, and the live cache is filled anew from the spans' own bytes.
+Slot `i` of a layer's share of a span stands at position `i` behind the span's first; spans stand
+one behind the other, as wide as their largest layer. When a compaction has made the state
+shorter, everything behind it moves down, and the live cache is filled anew from the spans' own
+bytes.
 Restoring a checkpoint fills it in the same way from the same bytes; and how a message is cut
 for prefill depends on nothing but the number of slots held. So a resumed state and one that
 never stopped compute the same numbers, bit for bit.
@@ -30,6 +32,7 @@ from still_memory.checkpoint import SHARES, Checkpoint, Entry, Share
 from still_memory.compactors.base import Compactor
 from still_memory.errors import BudgetError, CompactorError, DamageError, InputError
 from still_memory.rotation import free, place
+from still_memory.shares import Counts, dealt
 from still_memory.span import Span, raw_slots
 
 PREFILL = 512  # tokens of one forward pass, so that activations stay bounded
@@ -64,8 +67,13 @@ class RollingState:
 
     @property
     def slots(self) -> int:
-        """Slots held, which is also the position of the next token."""
+        """Slots held, in the mean layer."""
         return sum(entry.slots for entry in self._entries) + len(self._open)
+
+    @property
+    def position(self) -> int:
+        """Where the next token stands: behind the slots of the largest layer."""
+        return sum(entry.positions for entry in self._entries) + len(self._open)
 
     @property
     def shares(self) -> dict[Share, int]:
@@ -76,7 +84,8 @@ class RollingState:
 
     @property
     def free(self) -> int:
-        return self.budget.slots - self.slots
+        """Tokens that can be taken in before something must be compacted."""
+        return min(self.budget.slots - self.slots, self.model.window - self.position)
 
     @property
     def rounds(self) -> int:
@@ -112,7 +121,7 @@ class RollingState:
             if not self.free:
                 self._make_room()
             n = min(self.free, len(ids) - at, PREFILL)
-            logits = self.model.forward(ids[at : at + n], self.cache, self.slots)
+            logits = self.model.forward(ids[at : at + n], self.cache, self.position)
             self._open += ids[at : at + n]
             self.length += n
             at += n
@@ -131,7 +140,9 @@ class RollingState:
         memory, tail = ([e for e in self._entries if e.share == s] for s in SHARES[1:])
         if sum(entry.slots for entry in [*memory, *tail]) > slots:
             tokens = sum(entry.tokens for entry in tail)
-            self._carry_out(Plan(0, len(memory), tokens, slots, level=0))
+            pinned = self._pinned
+            longest = self.model.window - pinned - self.budget.shares(pinned).chunk
+            self._carry_out(Plan(0, len(memory), tokens, slots, level=0), max(slots, longest))
 
     # -- saved and restored -------------------------------------------------------------------
 
@@ -152,6 +163,12 @@ class RollingState:
                 f"the saved state holds {checkpoint.slots} slots and this budget "
                 f"{self.budget.slots}: load the agent with Budget(slots={checkpoint.slots}) or more"
             )
+        if checkpoint.positions > self.model.window:
+            raise DamageError(
+                f"the saved state takes {checkpoint.positions} positions, and {self.model.name!r} "
+                f"was trained for {self.model.window}: this model cannot have written it. Restore "
+                "the store from a copy, or begin a new session"
+            )
         pinned = sum(e.tokens for e in checkpoint.entries if e.share == "pinned")
         self._schedule = schedule_for(self.budget, pinned)
         self._entries, self._open = list(checkpoint.entries), []
@@ -164,7 +181,7 @@ class RollingState:
         """Copy the open run out of the live cache, once, into a raw span."""
         if not (n := len(self._open)):
             return
-        start, base = self.length - n, self.slots - n
+        start, base = self.length - n, self.position - n
         layers = []
         for layer, held in enumerate(self.cache.lengths):
             keys, values = self.cache.raw(layer, held - n, held)  # (H_kv, n, d) views
@@ -178,17 +195,25 @@ class RollingState:
         self._seal("tail")
         memory, tail = ([e for e in self._entries if e.share == s] for s in SHARES[1:])
         held = [Held(entry.slots, entry.level) for entry in memory]
-        self._carry_out(self._schedule.plan(held, sum(entry.tokens for entry in tail)))
+        plan = self._schedule.plan(held, sum(entry.tokens for entry in tail))
+        share = self.budget.shares(self._pinned).memory  # may take the positions that none needs
+        most = self.model.window - self.budget.slots + share
+        self._carry_out(plan, max(plan.slots, plan.slots * most // share))
 
-    def _carry_out(self, plan: Plan) -> None:
+    @property
+    def _pinned(self) -> int:
+        return sum(e.tokens for e in self._entries if e.share == "pinned")
+
+    def _carry_out(self, plan: Plan, longest: int) -> None:
+        """Compact as planned; no layer may take more than `longest` positions."""
         pinned, memory, tail = ([e for e in self._entries if e.share == s] for s in SHARES)
         raw, tail = _split(tail, plan.tokens)
         taken = [*memory[plan.low : plan.high], *raw]
         before, began = sum(entry.slots for entry in taken), time.perf_counter()
         with torch.inference_mode():
             spans = [free(_standing(entry), self.model.rope) for entry in taken]
-            span = self.compactor.compact(spans, plan.slots)
-        _require_shorter(span, spans, plan.slots, before)
+            span = self.compactor.compact(spans, self._dealt(spans, plan.slots, longest))
+        _require_shorter(span, spans, min(plan.slots, before - 1), longest)
         entry = Entry(span, span.start, span.end, 0, "memory", plan.level)
         self._entries = [*pinned, *memory[: plan.low], entry, *memory[plan.high :], *tail]
         self._fill()
@@ -197,14 +222,25 @@ class RollingState:
             seconds = time.perf_counter() - began
             self._on_compaction(
                 Compaction(
-                    span.start, span.end, before, len(span), span.rounds, plan.level, seconds
+                    span.start, span.end, before, span.slots, span.rounds, plan.level, seconds
                 )
             )
 
+    def _dealt(self, spans: Sequence[Span], slots: int, longest: int) -> int | Counts:
+        """`slots` as the compactor's shares divide them, of those that `spans` have."""
+        held = [sum(map(len, layer)) for layer in zip(*(s.layers for s in spans), strict=True)]
+        return dealt(slots, self.compactor.shares, [min(n, longest) for n in held])
+
     @torch.inference_mode()
     def _fill(self) -> None:
-        """Fill the live cache from the spans, slot `i` at position `i`."""
-        self.cache.reset()
+        """Fill the live cache from the spans, each behind the one before."""
+        held = [0] * self.model.layers
+        for entry in self._entries:
+            raw = entry.span.raw
+            for n, slots in enumerate(entry.span.layers):
+                held[n] += entry.tokens if raw else len(slots)
+        free = self.budget.slots - self.slots
+        self.cache.empty([n + free for n in held])
         base = 0
         for index, entry in enumerate(self._entries):
             self._entries[index] = entry = replace(entry, base=base)
@@ -213,7 +249,7 @@ class RollingState:
                 slots = span.layers[layer]
                 keys = place(span, layer, base, self.model.rope, self.model.dtype)
                 self.cache.load(layer, keys, slots.values, slots.bias, at=at)
-            base += entry.slots
+            base += entry.positions
 
 
 def _standing(entry: Entry) -> Span:
@@ -251,13 +287,16 @@ def require_fitting(span: Span, model: FrozenModel) -> None:
     )
 
 
-def _require_shorter(span: Span, spans: Sequence[Span], slots: int, before: int) -> None:
+def _require_shorter(span: Span, spans: Sequence[Span], slots: int, longest: int) -> None:
     """What a compactor promised; a broken promise must not become a damaged memory."""
     if (span.start, span.end) != (spans[0].start, spans[-1].end):
         raise CompactorError(
             f"asked for {spans[0].start} to {spans[-1].end}, and got {span}; {_REMEDY}"
         )
-    if not 0 < len(span) <= min(slots, before - 1):
-        raise CompactorError(f"asked for {slots} slots of {before}, and got {span}; {_REMEDY}")
+    if not 0 < span.slots <= slots or len(span) > longest:
+        raise CompactorError(
+            f"asked for {slots} slots, {longest} in the largest layer, and got {span}, with "
+            f"{len(span)}; {_REMEDY}"
+        )
     if span.raw or span.rotated_at is not None:
         raise CompactorError(f"a compact span has rounds and no rotation, unlike {span}; {_REMEDY}")

@@ -51,7 +51,12 @@ class Entry:
 
     @property
     def slots(self) -> int:
-        """Slots that stand, counted at the largest layer."""
+        """Slots that stand, in the mean layer: what the entry takes of a budget."""
+        return self.tokens if self.span.raw else self.span.slots
+
+    @property
+    def positions(self) -> int:
+        """Positions that they take: slots of the largest layer."""
         return self.tokens if self.span.raw else len(self.span)
 
 
@@ -78,5 +83,10 @@ class Checkpoint:
 
     @property
     def slots(self) -> int:
-        """Slots held, counted at the largest layer of each entry."""
+        """Slots held, in the mean layer of each entry."""
         return sum(entry.slots for entry in self.entries)
+
+    @property
+    def positions(self) -> int:
+        """Positions taken, which is where the next token stands."""
+        return sum(entry.positions for entry in self.entries)

@@ -54,8 +54,13 @@ class Span:
     ids: tuple[int, ...] | None = None  # raw: the tokens themselves, where they are known
 
     def __len__(self) -> int:
-        """Slots held, counted at the largest layer."""
+        """Positions that its slots take where they are placed: those of the largest layer."""
         return max(len(s) for s in self.layers)
+
+    @property
+    def slots(self) -> int:
+        """Slots held in the mean layer, rounded up: what it takes of a budget."""
+        return -(-sum(len(s) for s in self.layers) // len(self.layers))
 
     @property
     def tokens(self) -> int:
@@ -85,7 +90,7 @@ class Span:
 
     def __str__(self) -> str:
         kind = "raw" if self.raw else f"compact, round {self.rounds}"
-        return f"Span[{self.start}, {self.end}) {kind}, {len(self)} slots"
+        return f"Span[{self.start}, {self.end}) {kind}, {self.slots} slots"
 
 
 def raw_slots(keys: Tensor, values: Tensor, start: int) -> Slots:

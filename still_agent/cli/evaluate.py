@@ -51,9 +51,7 @@ def ruler(
     seeds: Annotated[str, typer.Option(help="Numbers after commas.")] = "0,1,2",
     qa_1: Annotated[Path | None, typer.Option("--qa-1", help="A file in SQuAD's format.")] = None,
     qa_2: Annotated[Path | None, typer.Option("--qa-2", help="One in HotpotQA's.")] = None,
-    shares: Annotated[
-        Path | None, typer.Option(help="Of slots, head by head, for Attention Matching (JSON).")
-    ] = None,
+    shares: Annotated[Path | None, typer.Option(help="Of layers, for NAME+shares (JSON).")] = None,
     haystack: Annotated[Path | None, typer.Option(help="A plain text (default: a novel).")] = None,
     self_study: SelfStudy = None,
     conversations: Conversations = 16,

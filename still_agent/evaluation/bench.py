@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -14,10 +15,19 @@ from still_agent.compactor import OWN, choose_compactor
 from still_agent.evaluation.dialogues import Dialogue, Question, render
 from still_agent.evaluation.exam import reply
 from still_agent.evaluation.fitted import Conversation, Fit, Watch, fitted
-from still_agent.evaluation.methods import CARTRIDGES, Cells, blind, own, slots_of, trained
+from still_agent.evaluation.methods import (
+    CARTRIDGES,
+    SHARED,
+    Cells,
+    blind,
+    own,
+    shared,
+    slots_of,
+    trained,
+)
 from still_agent.evaluation.rows import Row, key, opened
 from still_agent.evaluation.self_study import Study, self_study
-from still_agent.evaluation.shares import largest_head, shared_out
+from still_agent.evaluation.shares import SharedOut
 from still_agent.models.frozen import FrozenModel
 from still_agent.rolling import RollingState
 from still_agent.sampling import Sampling
@@ -28,8 +38,9 @@ from still_memory.compactors import (
     KVzipCompactor,
     StreamingCompactor,
 )
-from still_memory.compactors.attention_matching import Shares
+from still_memory.errors import InputError
 from still_memory.rotation import free
+from still_memory.shares import Shares
 
 ROOM = 192  # tokens for a question and its reply
 LONGEST_REPLY = 96
@@ -56,7 +67,7 @@ class Bench:
     name: str = "reference"
     study: Study = field(default_factory=Study)
     watch: Watch = lambda *_: None  # while slots are fitted
-    shares: Shares = ()  # of slots, for Attention Matching
+    shares: Shares = ()  # of rivals that are dealt out unequally; (): those of its compactor
     _made: dict[str, Compactor] = field(default_factory=dict)
 
     def measure(
@@ -92,10 +103,24 @@ class Bench:
 
     def compactor(self, method: str) -> Compactor:
         if method not in self._made:
-            choice = method.replace(OWN, self.still, 1) if self.still and own(method) else method
+            choice = re.sub(SHARED, "", method)
+            if self.still and own(method):
+                choice = choice.replace(OWN, self.still, 1)
             made = choose_compactor(choice, self.name, self.model)
-            self._made[method] = shared_out(made, self.shares)
+            if shared(method) and not self.dealt:
+                raise InputError(
+                    f"{method!r} needs shares, and {self.name!r} has no compactor that names any: "
+                    "give a file of them (--shares)"
+                )
+            self._made[method] = SharedOut(made, self.dealt) if shared(method) else made
         return self._made[method]
+
+    @cached_property
+    def dealt(self) -> Shares:
+        """What each layer gets where slots are dealt out unequally; () if that is not known."""
+        if self.shares or not (self.still or self.name == "reference"):
+            return self.shares
+        return self.compactor(OWN).shares
 
 
 @dataclass
@@ -152,8 +177,7 @@ class Context:
             kind = AttentionMatchingCompactor if "matching" in method else KVzipCompactor
             lines = [line for q in self.talk.exam for line in q.lines()]
             compactor = kind(model, questions=tuple(render(tokenizer, lines)[0]))
-            compactor = shared_out(compactor, self.bench.shares)
-        slots = min(largest_head(compactor, slots), max(slots, len(self.ids) - 1))
+            compactor = SharedOut(compactor, self.bench.dealt)
         if rounds == 1:
             state = self._state(compactor)
             state.restore(self.whole)

@@ -47,7 +47,7 @@ def reply(model: FrozenModel, remembered: Checkpoint | None, text: str, sampling
     message = tokenizer.message("user", text)
     if remembered is None:
         message = [*tokenizer.start, *message]
-    held = 0 if remembered is None else remembered.slots
+    held = 0 if remembered is None else remembered.positions
     room = len(message) + len(tokenizer.reply_opening()) + (sampling.max_tokens or 0)
     state = RollingState(model, StreamingCompactor(), Budget(slots=max(16, held + room)))
     if remembered is not None:

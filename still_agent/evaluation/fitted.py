@@ -46,7 +46,8 @@ def fitted(
 ) -> Span:  # fmt: skip
     """`start`, fitted so that on it the model says what it says on all of the context `ids`.
 
-    Takes a span whose keys are not rotated. `ROWS` conversations a step, in turn.
+    Takes a span whose keys are not rotated; its empty slots stay empty. `ROWS` conversations a
+    step, in turn.
     """
     batches = []
     for at in range(0, len(conversations), ROWS):
@@ -59,7 +60,8 @@ def fitted(
     layers = len(free.keys)
     parts = [p.float().clone().requires_grad_() for p in (*free.keys, *free.values, free.bias)]
     learnt = parts if fit.biased else parts[:-1]
-    scales = [max(p.detach().square().mean().sqrt().item(), LEAST) for p in learnt]
+    whole = [p.detach()[p.detach().isfinite()] for p in learnt]  # an empty slot's bias is not
+    scales = [max(p.square().mean().sqrt().item(), LEAST) for p in whole]
     optimizer = torch.optim.Adam([{"params": [p]} for p in learnt], betas=(0.9, 0.95))
 
     def now() -> Cache:
@@ -86,7 +88,12 @@ def fitted(
         return replace(
             start,
             layers=tuple(
-                Slots(k[0], v[0], slots.positions, bias[0] if fit.biased else slots.bias)
+                Slots(
+                    k[0, :, : len(slots)],
+                    v[0, :, : len(slots)],
+                    slots.positions,
+                    bias[0, :, : len(slots)] if fit.biased else slots.bias,
+                )
                 for k, v, slots, bias in zip(
                     best.keys, best.values, start.layers, best.bias, strict=True
                 )

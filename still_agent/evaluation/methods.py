@@ -24,7 +24,8 @@ RULERS = (
     *ENDS, "truncate", "summary", "told-selection", "told-attention-matching", "told-optimised",
 )  # fmt: skip
 METHODS = (*BLIND, *(f"{OWN}+int{bits}" for bits in (8, 4)), CARTRIDGES, *RULERS)
-ROUNDED = r"\+int[48]$"  # any blind method may be followed by it
+SHARED = r"\+shares(?=$|\+)"  # any blind method may be followed by it,
+ROUNDED = r"\+int[48]$"  # and by this
 FEWEST = 4  # slots
 
 
@@ -33,20 +34,29 @@ def rounded(method: str) -> bool:
     return re.search(ROUNDED, method) is not None
 
 
+def shared(method: str) -> bool:
+    """Whether its slots are dealt out to layers unequally."""
+    return re.search(SHARED, method) is not None
+
+
+def plain(method: str) -> str:
+    """Its name with nothing behind it."""
+    return re.sub(SHARED, "", re.sub(ROUNDED, "", method))
+
+
 def own(method: str) -> bool:
-    """Whether it is the model's own compactor, rounded or not."""
-    return re.sub(ROUNDED, "", method) == OWN
+    """Whether it is the model's own compactor, whatever stands behind its name."""
+    return plain(method) == OWN
 
 
 def trained(method: str) -> bool:
-    """Whether it is the folder of a trained rival, rounded or not."""
-    name = re.sub(ROUNDED, "", method)
-    return name not in METHODS and Path(name).is_dir()
+    """Whether it is the folder of a trained rival, whatever stands behind its name."""
+    return plain(method) not in METHODS and Path(plain(method)).is_dir()
 
 
 def blind(method: str) -> bool:
-    """Whether it is a compactor that sees no question, rounded or not."""
-    return re.sub(ROUNDED, "", method) in BLIND or trained(method)
+    """Whether it is a compactor that sees no question, whatever stands behind its name."""
+    return plain(method) in BLIND or trained(method)
 
 
 def slots_of(tokens: int, ratio: float) -> int:

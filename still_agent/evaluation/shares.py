@@ -1,21 +1,33 @@
-"""Attention Matching's unequal heads, compared at equal totals.
-
-Its mean head gets as many slots as another method's, and its largest head more: no slot more is
-kept in all, but the largest head's count of positions is taken, and a row's `slots` are the
-largest head's, as everywhere.
-"""
+"""Any compactor with unequal layers: what Still gets from its shares, its rivals may have, too."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from still_agent.text import file_text
-from still_memory.compactors import AttentionMatchingCompactor, Compactor
-from still_memory.compactors.attention_matching import Shares
-from still_memory.compactors.quantised import QuantisedCompactor
+from still_memory.compactors import Compactor
 from still_memory.errors import InputError
+from still_memory.identity import CompactorIdentity
+from still_memory.shares import Counts, Shares
+from still_memory.span import Span
+
+
+@dataclass(frozen=True)
+class SharedOut:
+    """`inner`, but slots are dealt out by `shares`."""
+
+    inner: Compactor
+    shares: Shares
+
+    @property
+    def identity(self) -> CompactorIdentity:
+        return self.inner.identity
+
+    def compact(self, spans: Sequence[Span], slots: int | Counts) -> Span:
+        return self.inner.compact(spans, slots)
 
 
 def shares_of(file: Path) -> Shares:
@@ -24,19 +36,3 @@ def shares_of(file: Path) -> Shares:
         return tuple(tuple(map(float, layer)) for layer in json.loads(file_text(file)))
     except (ValueError, TypeError) as e:
         raise InputError(f"{file} holds no list of numbers for each layer: {e}") from e
-
-
-def shared_out(compactor: Compactor, shares: Shares) -> Compactor:
-    """The same with `shares`, where it is Attention Matching, rounded or not."""
-    if isinstance(compactor, QuantisedCompactor):
-        return replace(compactor, inner=shared_out(compactor.inner, shares))
-    if isinstance(compactor, AttentionMatchingCompactor):
-        return replace(compactor, shares=shares)
-    return compactor
-
-
-def largest_head(compactor: Compactor, slots: int) -> int:
-    """The slots of its largest head where the mean one has `slots`."""
-    inner = compactor.inner if isinstance(compactor, QuantisedCompactor) else compactor
-    evenness = inner.evenness if isinstance(inner, AttentionMatchingCompactor) else 1.0
-    return round(slots / evenness)

@@ -1,8 +1,9 @@
 """The live cache: the slots a model attends to, allocated once at the budget's size.
 
 A decode step writes one slot a layer in place and attends to views; no cache is copied. Each
-layer counts its own slots, for a compactor may leave layers of different lengths, and each
-slot of each head may carry a bias (see `attention`). Slots of a batch row that holds fewer
+layer counts its own slots, for a compactor may leave layers of different lengths: they divide
+one piece of memory, anew whenever the cache is emptied. Each slot of each head may carry a bias
+(see `attention`). Slots of a batch row that holds fewer
 than the others are empty on the left, with a bias of minus infinity.
 
 Layers are objects of their own, as in transformers: Gemma 3's local layers, which keep an
@@ -11,7 +12,8 @@ exact window, stand beside `LiveLayer`s in one `Cache`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import accumulate, pairwise
 from typing import Any, cast
 
 import torch
@@ -22,34 +24,28 @@ from still_memory.errors import BudgetError, InputError
 
 
 class LiveLayer(CacheLayerMixin):
-    """One layer's slots: keys and values `(B, H_kv, capacity, d)`, bias `(B, H_kv, capacity)`."""
+    """One layer's slots: keys and values `(B, H_kv, capacity, d)`, bias `(B, H_kv, capacity)`.
+
+    They are views: the memory is the cache's.
+    """
 
     is_sliding = False
     is_croppable = True
 
-    def __init__(
-        self,
-        batch: int,
-        kv_heads: int,
-        capacity: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
+    def __init__(self, keys: Tensor, values: Tensor, bias: Tensor) -> None:
         super().__init__()
-        shape = (batch, kv_heads, capacity, head_dim)
-        # Zeros: an empty slot weighs nothing, and nothing times NaN would still be NaN.
-        # Ordinary tensors, so that they can be written in and out of inference mode.
-        with torch.inference_mode(False):
-            self.keys: Tensor = torch.zeros(shape, dtype=dtype, device=device)
-            self.values: Tensor = torch.zeros(shape, dtype=dtype, device=device)
-            self.bias = torch.zeros(shape[:3], dtype=torch.float32, device=device)
-        self.batch_size, self.capacity = batch, capacity
-        self.dtype, self.device = dtype, device
-        self.length = 0
-        self.biased = False
+        self.batch_size = keys.shape[0]
+        self.dtype, self.device = keys.dtype, keys.device
         self.observe: Callable[[Tensor], None] | None = None  # see `attention`
         self.is_initialized = True
+        self.move(keys, values, bias)
+
+    def move(self, keys: Tensor, values: Tensor, bias: Tensor) -> None:
+        """Stand in these views from now on, empty."""
+        self.keys: Tensor = keys
+        self.values: Tensor = values
+        self.bias, self.capacity = bias, keys.shape[2]
+        self.length, self.biased = 0, False
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to do: the layer is allocated when it is made."""
@@ -117,7 +113,8 @@ class LiveLayer(CacheLayerMixin):
 class LiveCache(Cache):
     """One `LiveLayer` a layer, as `past_key_values` of a transformers model.
 
-    Args: numbers of layers, KV heads, slots a layer can hold, batch rows; size of a head.
+    Args: numbers of layers, KV heads, slots that the mean layer can hold, batch rows; size of a
+    head.
     """
 
     def __init__(
@@ -135,13 +132,40 @@ class LiveCache(Cache):
             raise BudgetError(
                 f"a cache of {capacity} slots and {batch} rows holds nothing; ask for at least one"
             )
-        where = torch.device(device)
-        super().__init__(
-            layers=[
-                LiveLayer(batch, kv_heads, capacity, head_dim, dtype, where) for _ in range(layers)
-            ]
-        )
-        self.capacity = capacity
+        shape = (batch, kv_heads, layers * capacity, head_dim)
+        # Zeros: an empty slot weighs nothing, and nothing times NaN would still be NaN.
+        # Ordinary tensors, so that they can be written in and out of inference mode.
+        with torch.inference_mode(False):
+            self._memory = (
+                torch.zeros(shape, dtype=dtype, device=device),
+                torch.zeros(shape, dtype=dtype, device=device),
+                torch.zeros(shape[:3], dtype=torch.float32, device=device),
+            )
+        parts = self._divided([capacity] * layers)
+        super().__init__(layers=[LiveLayer(*part) for part in parts])
+
+    def _divided(self, capacities: Sequence[int]) -> list[list[Tensor]]:
+        ends = list(accumulate(capacities, initial=0))
+        if ends[-1] > self._memory[0].shape[2]:
+            raise BudgetError(
+                f"layers of {list(capacities)} slots do not fit the {self._memory[0].shape[2]} "
+                "that this cache has in all; compact more, or raise the budget"
+            )
+        with torch.inference_mode(False):
+            return [[t[:, :, a:b] for t in self._memory] for a, b in pairwise(ends)]
+
+    def empty(self, capacities: Sequence[int]) -> None:
+        """Forget every slot, and give each layer room for so many from now on.
+
+        Raises BudgetError, before anything is forgotten, for more than there are in all.
+        """
+        for layer, part in zip(self._live, self._divided(capacities), strict=True):
+            layer.move(*part)
+
+    @property
+    def room(self) -> int:
+        """Tokens that can still be taken in: each takes a slot in every layer."""
+        return min(layer.capacity - layer.length for layer in self._live)
 
     @property
     def _live(self) -> list[LiveLayer]:
@@ -160,7 +184,7 @@ class LiveCache(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes allocated, used or not."""
-        return sum(t.nbytes for x in self._live for t in (x.keys, x.values, x.bias))
+        return sum(t.nbytes for t in self._memory)
 
     def load(
         self, layer: int, keys: Tensor, values: Tensor, bias: Tensor | None = None, *, at: int = 0

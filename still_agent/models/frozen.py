@@ -102,7 +102,7 @@ class FrozenModel:
         return cos.reshape(shape), sin.reshape(shape)
 
     def new_cache(self, capacity: int, batch: int = 1) -> LiveCache:
-        """An empty live cache of `capacity` slots a layer, allocated now."""
+        """An empty live cache of `capacity` slots in the mean layer, allocated now."""
         return LiveCache(
             self.layers, self.kv_heads, self.head_dim, capacity,
             batch=batch, dtype=self.dtype, device=self.device,
@@ -118,9 +118,9 @@ class FrozenModel:
         n = len(ids)
         if n == 0:
             raise InputError("no token to feed; give at least one")
-        if cache.length + n > cache.capacity:
+        if n > cache.room:
             raise BudgetError(
-                f"{cache.length} of {cache.capacity} slots are taken and {n} more are needed; "
+                f"the live cache has room for {cache.room} slots and {n} more are needed; "
                 "compact first, or raise the budget"
             )
         if position < 0 or position + n > self.window:

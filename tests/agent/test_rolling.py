@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,16 @@ import pytest
 import torch
 
 from still_agent.budget import Budget
+from still_agent.evaluation.shares import SharedOut
 from still_agent.events import Compaction
 from still_agent.models import FrozenModel, load_model
 from still_agent.rolling import RollingState
 from still_memory.checkpoint import Checkpoint
 from still_memory.compactors import KNormCompactor, StreamingCompactor
 from still_memory.compactors.still import StillCompactor, StillConfig
-from still_memory.errors import BudgetError, CompactorError
+from still_memory.errors import BudgetError, CompactorError, DamageError
 from still_memory.rotation import free
+from still_memory.span import Slots
 from still_memory.store import MemoryStore
 from tests.agent.conftest import Pooling
 
@@ -220,6 +223,49 @@ def test_a_state_too_large_for_a_smaller_budget_is_refused(tiny: FrozenModel) ->
     small = state_of(tiny, slots=64)
     with pytest.raises(BudgetError, match="slots=105"):
         small.restore(large.checkpoint())
+
+
+@pytest.mark.parametrize("schedule", ["rolling", "tiered"])
+@pytest.mark.parametrize("slots", [64, 300])
+def test_unequal_layers_stay_within_budget_memory_and_window(
+    tiny: FrozenModel, schedule: str, slots: int, tmp_path: Path
+) -> None:
+    """The mean layer holds what the budget says, and no slot stands past the window."""
+    compactor = SharedOut(KNormCompactor(), ((1.0, 1.0), (9.0, 9.0)))
+    state = state_of(tiny, compactor, slots=slots, schedule=schedule)
+    allocated = state.cache.nbytes
+    largest = 0
+    for ids in range(40):
+        state.extend(some_ids(50, seed=ids))
+        held = state.cache.lengths
+        assert sum(held) <= 2 * state.slots <= 2 * slots
+        assert max(held) <= state.position <= WINDOW
+        largest = max(largest, held[1])
+    assert state.cache.nbytes == allocated
+    if schedule == "rolling":
+        assert largest > slots if slots == 64 else largest > 0.8 * WINDOW
+    elif slots == 300:  # spans of 64 slots are too small to be dealt out
+        assert held[1] > 1.05 * held[0]
+    saved = saved_and_loaded(tiny, state.checkpoint(), tmp_path / "s.db")
+    resumed = state_of(tiny, compactor, slots=slots, schedule=schedule)
+    resumed.restore(saved)
+    more = some_ids(200, seed=77)
+    assert torch.equal(state.extend(more), resumed.extend(more))
+
+
+def test_a_state_past_the_window_is_refused(tiny: FrozenModel) -> None:
+    compactor = SharedOut(KNormCompactor(), ((1.0, 1.0), (9.0, 9.0)))
+    state = state_of(tiny, compactor, slots=300)
+    state.extend(some_ids(600))
+    (pinned, memory, *rest) = state.checkpoint().entries
+    layers = tuple(
+        Slots(**{n: t.repeat_interleave(k, dim=1) for n, t in layer.tensors().items()})
+        for layer, k in zip(memory.span.layers, (1, 2), strict=True)
+    )
+    wide = replace(memory, span=replace(memory.span, layers=layers))
+    other = state_of(tiny, slots=510)
+    with pytest.raises(DamageError, match="positions"):
+        other.restore(Checkpoint((pinned, wide, *rest), state.length))
 
 
 def test_a_compactor_that_breaks_its_promise_is_caught(tiny: FrozenModel) -> None:

@@ -164,17 +164,25 @@ def test_a_ruler_that_is_told_the_questions_keeps_other_slots(bench: Bench) -> N
     assert blind.shape == told.shape and not blind.equal(told)
 
 
-@pytest.mark.parametrize("method", ["attention-matching+int8", "told-attention-matching"])
-def test_unequal_heads_hold_no_more_slots_in_all(tiny: FrozenModel, method: str) -> None:
-    made = context(Bench(tiny, name="tiny", shares=((4.0, 1.0), (2.0, 1.0))), "bindings")
-    for rounds in (1, 2) if method.endswith("int8") else (1,):
+@pytest.mark.parametrize("method", ["kvzip+shares+int8", "told-attention-matching"])
+def test_unequal_layers_hold_no_more_slots_in_all(tiny: FrozenModel, method: str) -> None:
+    bench = Bench(tiny, name="tiny", shares=((4.0, 2.0), (1.0, 1.0)))
+    made = context(bench, "bindings")
+    for rounds in (1, 2) if method.startswith("kvzip") else (1,):
         state = made.remembered(method, 20, rounds)
         (entry,) = state.entries
-        filled = [
-            s.bias.isfinite().sum(1).tolist() for s in entry.span.layers if s.bias is not None
-        ]
-        assert filled == [[40, 10], [20, 10]]
-        assert sum(map(sum, filled)) == 20 * 4 and state.slots == 40
+        assert [len(slots) for slots in entry.span.layers] == [31, 8]
+        first = entry.span.layers[0].bias
+        assert first is not None and first.isfinite().sum(1).tolist() == [31, 16]
+        assert state.slots == 20 and state.positions == 31
+    if method.startswith("kvzip"):
+        even = made.remembered("kvzip+int8", 20, 1)
+        assert [len(slots) for slots in even.entries[0].span.layers] == [20, 20]
+
+
+def test_shares_that_nobody_names_are_asked_for(tiny: FrozenModel) -> None:
+    with pytest.raises(InputError, match="--shares"):
+        context(Bench(tiny, name="tiny"), "bindings").remembered("kvzip+shares", 20, 1)
 
 
 def test_shares_are_read_from_a_list_of_lists(tmp_path: Path) -> None:

@@ -227,7 +227,7 @@ def test_damaged_folder_is_a_typed_error(tmp_path, damage):
 
 
 def test_no_slots_is_refused():
-    with pytest.raises(InputError):
+    with pytest.raises(CompactorError, match="one or more"):
         StillCompactor(PAPER, MODEL).compact([span(0, 4)], 0)
 
 

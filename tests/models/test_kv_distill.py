@@ -242,7 +242,7 @@ def test_a_damaged_folder_is_a_typed_error(tiny: FrozenModel, tmp_path: Path, da
 
 def test_what_it_cannot_do_is_a_typed_error(tiny: FrozenModel) -> None:
     distill, span = made(tiny), raw(tiny, 0, 20)
-    with pytest.raises(InputError):
+    with pytest.raises(CompactorError, match="one or more"):
         distill.compact([span], 0)
     with pytest.raises(CompactorError, match="not known"):
         distill.compact([replace(span, ids=None)], 5)

@@ -18,6 +18,7 @@ from transformers import Qwen3ForCausalLM
 
 from still_agent import Budget
 from still_agent.compactor import choose_compactor
+from still_agent.evaluation.shares import SharedOut
 from still_agent.models import FrozenModel, frozen, load_model
 from still_agent.rolling import RollingState
 from still_memory.compactors import (
@@ -37,6 +38,7 @@ from still_memory.compactors.matching_pursuit import pursued
 from still_memory.compactors.quantised import GROUP, QuantisedCompactor, rounded
 from still_memory.errors import CompactorError
 from still_memory.rotation import free, rotate, unrotate
+from still_memory.shares import Counts
 from still_memory.span import Slots, Span, raw_slots
 from still_memory.store import MemoryStore
 from tests.agent.conftest import Pooling
@@ -245,40 +247,49 @@ def test_queries_on_policy_are_those_that_the_short_layers_below_give(
 
 
 @pytest.mark.parametrize("on_policy", [False, True])
-def test_heads_hold_their_shares_and_no_more_than_was_asked(
-    tiny: FrozenModel, on_policy: bool
-) -> None:
-    shares = ((4.0, 1.0), (2.0, 3.0))
-    matching = AttentionMatchingCompactor(tiny, shares=shares, on_policy=on_policy)
+def test_heads_hold_their_counts(tiny: FrozenModel, on_policy: bool) -> None:
+    matching = AttentionMatchingCompactor(tiny, on_policy=on_policy)
     span = raw(tiny, 0, 60)
-    short = matching.compact([span], 20)
-    assert [len(slots) for slots in short.layers] == [20, 15] and len(short) == 20
+    short = matching.compact([span], [[20, 5], [10, 15]])
+    assert [len(slots) for slots in short.layers] == [20, 15]
+    assert (len(short), short.slots) == (20, 18)
     filled = [s.bias.isfinite().sum(1).tolist() for s in short.layers]  # type: ignore[union-attr]
     assert filled == [[20, 5], [10, 15]]
-    assert matching.evenness * 20 == 12.5 == sum(map(sum, filled)) / 4
     for layer in range(2):
         found = fit(tiny, span, short, layer)
         assert found.error < found.chosen
-    later = matching.compact([short, raw(tiny, 0, 60)], 24)
+    later = matching.compact([short, raw(tiny, 0, 60)], [[24, 6], [12, 18]])
     filled = [s.bias.isfinite().sum(1).tolist() for s in later.layers]  # type: ignore[union-attr]
     assert filled == [[24, 6], [12, 18]]
 
 
-@pytest.mark.parametrize("shares", [((1.0, 1.0),), ((1.0,), (1.0,)), ((0.0, 0.0),) * 2])
-def test_shares_of_another_model_are_refused(
-    tiny: FrozenModel, shares: tuple[tuple[float, ...], ...]
-) -> None:
-    with pytest.raises(CompactorError, match="one number a KV head"):
-        AttentionMatchingCompactor(tiny, shares=shares).compact([raw(tiny, 0, 60)], 20)
+@pytest.mark.parametrize("name", TRAINING_FREE)
+def test_every_method_takes_a_count_for_each_head(tiny: FrozenModel, name: str) -> None:
+    compactor = TRAINING_FREE[name](tiny)
+    short = compactor.compact([raw(tiny, 0, 30)], [[6, 3], [20, 20]])
+    short = compactor.compact([short, raw(tiny, 30, 60)], [[7, 3], [24, 24]])
+    assert [len(slots) for slots in short.layers] == [7, 24]
+    (uneven, even) = short.layers
+    assert uneven.bias is not None and uneven.bias.isfinite().sum(1).tolist() == [7, 3]
+    assert even.bias is None or even.bias.isfinite().all()
+    for slots in short.layers:
+        assert (slots.positions[0].diff() > 0).all()
+
+
+@pytest.mark.parametrize("counts", [[[1, 1]], [[1], [1]], [[1, 1], [0, 1]], 0])
+def test_counts_of_another_model_are_refused(tiny: FrozenModel, counts: Counts | int) -> None:
+    for name in TRAINING_FREE:
+        with pytest.raises(CompactorError, match=r"one number a KV head|one or more"):
+            TRAINING_FREE[name](tiny).compact([raw(tiny, 0, 60)], counts)
 
 
 def test_every_option_that_changes_slots_is_part_of_the_identity(tiny: FrozenModel) -> None:
     options = {"keys": "pursuit", "ridge": 0.5, "queries": 64, "on_policy": False,
-               "shares": ((1.0, 2.0),) * 2, "questions": (1, 2, 3)}  # fmt: skip
+               "questions": (1, 2, 3)}  # fmt: skip
     fields = {f.name for f in dataclass_fields(AttentionMatchingCompactor)} - {"reader"}
     assert fields == {*options}
     made = [AttentionMatchingCompactor(tiny, **{k: v}) for k, v in options.items()]  # type: ignore[arg-type]
-    assert len({c.identity.address for c in [AttentionMatchingCompactor(tiny), *made]}) == 7
+    assert len({c.identity.address for c in [AttentionMatchingCompactor(tiny), *made]}) == 6
 
 
 @pytest.mark.parametrize("compactor", [RandomCompactor(), RandomCompactor(7), StrideCompactor()])
@@ -300,9 +311,10 @@ def test_what_stays_does_not_depend_on_the_number_of_rounds(
 
 MADE: dict[str, Callable[[FrozenModel], Compactor]] = {
     **TRAINING_FREE,
-    "uneven": lambda model: AttentionMatchingCompactor(
-        model, keys="pursuit", shares=((4.0, 1.0), (2.0, 3.0))
+    "pursuit, uneven": lambda model: SharedOut(
+        AttentionMatchingCompactor(model, keys="pursuit"), ((4.0, 1.0), (2.0, 3.0))
     ),
+    "kvzip, uneven": lambda model: SharedOut(KVzipCompactor(model), ((1.0, 1.0), (9.0, 9.0))),
 }
 
 

@@ -10,11 +10,6 @@ The paper compacts a context once. Here a chunk is scored and fitted when it is 
 then on its slots keep their values and biases, and compete by the scores that they carry. (To
 refit old slots with the queries of a new chunk would be to forget what they answer.)
 
-Heads may get unequal shares, measured once for each model. Spans count slots at the largest head
-and pad the others of its layer, and so does a budget; so in a session unequal heads are equal ones
-with slots left out, and no name chooses them. They are for comparisons at the same total of slots,
-where the largest head may have more than the mean one (`evaluation/grid.py`).
-
 Left out of the paper: queries of self-study, which the model would have to be able to write, and
 the new choice of keys whose mass came out next to nothing.
 """
@@ -24,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -36,10 +31,10 @@ from still_memory.compactors.selection import join, ranked_in_the_middle, rememb
 from still_memory.errors import CompactorError
 from still_memory.identity import CompactorIdentity
 from still_memory.rotation import rotate, unrotate
+from still_memory.shares import Counts, Shares, best, counted
 from still_memory.span import Slots, Span
 
 Keys = Literal["attention", "pursuit"]
-Shares = tuple[tuple[float, ...], ...]  # [layer][kv_head]
 MASS: dict[Keys, tuple[float, float]] = {  # of one slot, in tokens: the authors' bounds
     "attention": (math.exp(-3.0), math.exp(3.0)),
     "pursuit": (math.exp(-7.0), math.exp(7.0)),
@@ -66,39 +61,31 @@ class AttentionMatchingCompactor:
     queries: the most that a KV head is fitted to, evenly taken (paper: 50,000).
     on_policy: fit a layer to the queries that it gets when those below are short already, as the
         paper does. The text is then repeated once for each layer.
-    shares: what each head gets, `shares[layer][kv_head]`, in any unit; () is the same for all. The
-        largest head gets the slots that are asked for: see `evenness`.
     questions: token ids to read in place of a repetition; no rival then, but a ruler.
-
-    Raises CompactorError for shares that are not the model's.
     """
+
+    shares: ClassVar[Shares] = ()
 
     reader: Reader = field(repr=False)
     keys: Keys = "attention"
     ridge: float = 1e-2
     queries: int = 1024
     on_policy: bool = True
-    shares: Shares = ()
     questions: tuple[int, ...] = ()
 
     @property
     def identity(self) -> CompactorIdentity:
-        options = ("keys", "ridge", "queries", "on_policy", "shares", "questions")
+        options = ("keys", "ridge", "queries", "on_policy", "questions")
         config = " ".join(f"{name}={getattr(self, name)}" for name in options)
         return CompactorIdentity(method="attention-matching", config=config)
 
-    @property
-    def evenness(self) -> float:
-        """The mean head's share of the largest one's: so much of a padded span is not empty."""
-        every = [share for layer in self.shares for share in layer]
-        return sum(every) / len(every) / max(every) if every else 1.0
-
-    def compact(self, spans: Sequence[Span], slots: int) -> Span:
-        if not spans or slots < 1:
-            raise CompactorError(f"cannot keep {slots} slots of {len(spans)} spans: give one each")
+    def compact(self, spans: Sequence[Span], slots: int | Counts) -> Span:
+        if not spans:
+            raise CompactorError("there is no span to compact: give one or more")
         _, _, ids = told(spans)
         whole = [join(parts) for parts in zip(*(span.layers for span in spans), strict=True)]
-        counts = self._counts(whole, slots)
+        each = counted(slots, len(whole), len(whole[0].keys)).to(whole[0].keys.device)
+        counts = [n.clamp(max=len(layer)) for n, layer in zip(each, whole, strict=True)]
         most = max(int(count.max()) for count in counts)
         standing = [layer.cut(len(layer) - len(ids), len(layer)) for layer in whole]
         mine = self.identity.address
@@ -124,24 +111,6 @@ class AttentionMatchingCompactor:
             rounds=1 + max(span.rounds for span in spans),
             compactor=mine,
         )
-
-    def _counts(self, layers: Sequence[Slots], slots: int) -> list[Tensor]:
-        """Slots of each head, `(H_kv,)` a layer; the largest gets `slots`, or all there are."""
-        shape = [len(layer.keys) for layer in layers]
-        shares = self.shares or [[1.0] * heads for heads in shape]
-        most = max(map(max, shares))
-        if [len(row) for row in shares] != shape or min(map(min, shares)) < 0 or not most:
-            raise CompactorError(
-                f"shares of {[len(row) for row in shares]} heads a layer do not fit a model of "
-                f"{shape}: give one number a KV head, none below zero and not all zero"
-            )
-        return [
-            torch.tensor(
-                [min(max(1, round(slots * share / most)), len(layer)) for share in row],
-                device=layer.keys.device,
-            )
-            for row, layer in zip(shares, layers, strict=True)
-        ]
 
     def _fresh(self, chunk: Slots, looks: Sequence[Looks], held: int) -> Fresh:
         """What `looks` say of `chunk`; the text that they come from took `held` slots."""
@@ -174,10 +143,10 @@ class AttentionMatchingCompactor:
             scores[:, old:] = self._worth(fresh.logits, widest)
         bias = torch.zeros_like(slots.positions) if slots.bias is None else slots.bias
         scores = ranked_in_the_middle(scores).masked_fill(bias == -torch.inf, -torch.inf)
-        kept, rank = scores.topk(widest, dim=1).indices.sort(dim=1)  # (H_kv, t)
+        kept, beyond = best(scores, counts)  # (H_kv, t)
         row = torch.arange(len(kept), device=kept.device)[:, None]
         keys, values, bias = slots.keys[row, kept], slots.values[row, kept], bias[row, kept]
-        held = rank < counts[:, None]  # what is left of a smaller head's is empty
+        held = ~beyond  # what is left of a smaller head's is empty
         new = held & (kept >= old)
         if fresh is not None:
             fitted, mass = self._fitted(fresh, keys, values, new, most)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor, nn
@@ -110,18 +110,21 @@ class Cache:
             )
         return cache
 
-    def written(self, dtype: torch.dtype, *, bias: bool, salience: bool) -> tuple[Slots, ...]:
-        """The first row as a span's layers, values in `dtype`."""
-        return tuple(
-            Slots(
-                keys=self.keys[n][0].float().contiguous(),
-                values=self.values[n][0].to(dtype).contiguous(),
-                positions=self.positions[n, 0].contiguous(),
-                bias=self.bias[n, 0].contiguous() if bias else None,
-                salience=self.salience[n, 0].contiguous() if salience else None,
+    def written(
+        self, dtype: torch.dtype, lengths: Sequence[int], *, salience: bool
+    ) -> tuple[Slots, ...]:
+        """The first row as layers of a span, each its first `lengths` slots; values in `dtype`."""
+        layers = []
+        for n, length in enumerate(lengths):
+            slots = Slots(
+                keys=self.keys[n][0, :, :length].float().contiguous(),
+                values=self.values[n][0, :, :length].to(dtype).contiguous(),
+                positions=self.positions[n, 0, :, :length].contiguous(),
+                bias=self.bias[n, 0, :, :length].contiguous(),
+                salience=self.salience[n, 0, :, :length].contiguous() if salience else None,
             )
-            for n in range(len(self.keys))
-        )
+            layers.append(slots if self.bias[n, 0].any() else replace(slots, bias=None))
+        return tuple(layers)
 
     def cut(self, low: int, high: int) -> Cache:
         """Views of slots `[low, high)`."""

@@ -28,8 +28,9 @@ from still_memory.compactors.cache import Cache
 from still_memory.compactors.looks import told
 from still_memory.compactors.selection import ranked_in_the_middle
 from still_memory.compactors.trained import TrainedCompactor, settings_of
-from still_memory.errors import InputError
+from still_memory.errors import CompactorError, InputError
 from still_memory.identity import ModelIdentity
+from still_memory.shares import Counts, best, counted
 from still_memory.span import Span
 
 Adapt = Callable[[int, str, Tensor, slice], Tensor | None]
@@ -107,7 +108,7 @@ class KVDistillCompactor(TrainedCompactor):
 
     # -- one compaction -----------------------------------------------------------------------
 
-    def forward(self, cache: Cache, slots: int, ids: Tensor) -> Cache:
+    def forward(self, cache: Cache, slots: int | Counts, ids: Tensor) -> Cache:
         """At most `slots` slots of `cache`, whose last ones are the raw tokens `ids` (B, n).
 
         A kept slot's bias is what it was; a raw one's is a zero with the gradient of its score, so
@@ -123,14 +124,21 @@ class KVDistillCompactor(TrainedCompactor):
             salience = torch.cat([salience[..., :old], score.detach()], dim=-1)
         salience = ranked_in_the_middle(salience)
         worth = salience.masked_fill(cache.bias == -torch.inf, -torch.inf)
-        chosen = worth.topk(min(slots, cache.slots), dim=-1).indices.sort(dim=-1).values
+        layers, _, heads, _ = worth.shape
+        counts = counted(slots, layers, heads).to(worth.device)
+        chosen, beyond = best(worth, counts[:, None])
         cache = replace(cache, salience=salience)
         if n:
-            kept = torch.zeros_like(worth, dtype=torch.bool).scatter(3, chosen, True)
+            kept = torch.zeros_like(worth, dtype=torch.bool).scatter(3, chosen, ~beyond)
             cache = self._absorbed(cache, ids, kept[..., old:].any(2).any(0), plain)
             through = F.pad(score - score.detach(), (old, 0))
             cache = replace(cache, bias=cache.bias + through)
-        return replace(cache.gather(chosen), settled=torch.ones_like(chosen, dtype=torch.bool))
+        short = cache.gather(chosen)
+        return replace(
+            short,
+            bias=short.bias.masked_fill(beyond, -torch.inf),
+            settled=torch.ones_like(chosen, dtype=torch.bool),
+        )
 
     @torch.no_grad()
     def score(self, cache: Cache, ids: Tensor) -> Tensor:
@@ -178,24 +186,23 @@ class KVDistillCompactor(TrainedCompactor):
     # -- over spans ---------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def compact(self, spans: Sequence[Span], slots: int) -> Span:
+    def compact(self, spans: Sequence[Span], slots: int | Counts) -> Span:
         """See `Compactor.compact`.
 
-        Raises InputError for fewer than one slot, CompactorError for raw spans whose tokens are
-        not known and for spans of another model.
+        Raises CompactorError for fewer than one slot, for raw spans whose tokens are not known
+        and for spans of another model.
         """
-        if slots < 1 or not spans:
-            raise InputError(
-                f"cannot compact {len(spans)} spans to {slots} slots: ask for one or more"
-            )
+        if not spans:
+            raise CompactorError("there is no span to compact: give one or more")
         compact, raw, ids = told(spans)
         shape = (self.config.layers, self.config.kv_heads)
         cache = Cache.joined([*compact, *raw], self.identity, shape)
         out = self(cache, slots, torch.tensor([ids], dtype=torch.long, device=cache.bias.device))
+        lengths = counted(slots, *shape).amax(1).clamp(max=cache.slots).tolist()
         dtype = spans[0].layers[0].values.dtype
         return Span(
             start=spans[0].start, end=spans[-1].end,
-            layers=out.written(dtype, bias=bool((out.bias != 0).any()), salience=True),
+            layers=out.written(dtype, lengths, salience=True),
             rotated_at=None, rounds=1 + max(s.rounds for s in spans),
             compactor=self.identity.address,
         )  # fmt: skip

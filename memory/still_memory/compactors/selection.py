@@ -16,6 +16,7 @@ from torch import Tensor
 
 from still_memory.errors import CompactorError
 from still_memory.identity import CompactorIdentity
+from still_memory.shares import Counts, Shares, best, counted
 from still_memory.span import Slots, Span
 
 
@@ -23,6 +24,7 @@ class Selection(ABC):
     """Keeps the slots with the highest scores, in their order."""
 
     remembers: ClassVar[bool] = False  # whether a kept slot carries its score to the next round
+    shares: Shares = ()
 
     @property
     @abstractmethod
@@ -39,33 +41,38 @@ class Selection(ABC):
         """How many of `count` slots go to the newest ones, whatever their scores."""
         return 0
 
-    def compact(self, spans: Sequence[Span], slots: int) -> Span:
-        if not spans or slots < 1:
-            raise CompactorError(f"cannot keep {slots} slots of {len(spans)} spans: give one each")
+    def compact(self, spans: Sequence[Span], slots: int | Counts) -> Span:
+        if not spans:
+            raise CompactorError("there is no span to compact: give one or more")
         layers = [join(layer) for layer in zip(*(span.layers for span in spans), strict=True)]
+        counts = counted(slots, len(layers), len(layers[0].keys)).to(layers[0].keys.device)
         scores = self.scores(spans, layers)
         return Span(
             start=spans[0].start,
             end=spans[-1].end,
-            layers=tuple(self._kept(*pair, slots) for pair in zip(layers, scores, strict=True)),
+            layers=tuple(self._kept(*each) for each in zip(layers, scores, counts, strict=True)),
             rotated_at=None,
             rounds=1 + max(span.rounds for span in spans),
             compactor=self.identity.address,
         )
 
-    def _kept(self, slots: Slots, scores: Tensor, count: int) -> Slots:
+    def _kept(self, slots: Slots, scores: Tensor, counts: Tensor) -> Slots:
         if self.remembers:
             slots = replace(slots, salience=scores)
-        if len(slots) <= count:
+        if len(slots) <= int(counts.min()):
             return slots
-        if newest := self.newest(count):
+        if newest := self.newest(int(counts.min())):
             scores = scores.clone()
             scores[:, -newest:] = torch.inf
         if slots.bias is not None:  # an empty slot goes first
             scores = scores.masked_fill(slots.bias == -torch.inf, -torch.inf)
-        kept = scores.topk(count, dim=1).indices.sort(dim=1).values  # (H_kv, count)
+        kept, beyond = best(scores, counts)  # (H_kv, t)
         row = torch.arange(len(kept), device=kept.device)[:, None]
-        return Slots(**{name: tensor[row, kept] for name, tensor in slots.tensors().items()})
+        short = Slots(**{name: tensor[row, kept] for name, tensor in slots.tensors().items()})
+        if not beyond.any():
+            return short
+        bias = torch.zeros_like(short.positions) if short.bias is None else short.bias
+        return replace(short, bias=bias.masked_fill(beyond, -torch.inf))
 
 
 def remembered(spans: Sequence[Span], layer: int, compactor: str) -> Tensor:

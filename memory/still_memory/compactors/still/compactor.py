@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from still_memory.compactors.cache import Cache
@@ -18,8 +19,9 @@ from still_memory.compactors.still.config import StillConfig
 from still_memory.compactors.still.perceiver import Perceiver
 from still_memory.compactors.still.scorer import Scorer
 from still_memory.compactors.trained import TrainedCompactor, settings_of
-from still_memory.errors import InputError
+from still_memory.errors import CompactorError
 from still_memory.identity import ModelIdentity
+from still_memory.shares import Counts, Shares, best, counted
 from still_memory.span import Span
 
 
@@ -43,6 +45,10 @@ class StillCompactor(TrainedCompactor):
             else None
         )
 
+    @property
+    def shares(self) -> Shares:  # type: ignore[override]
+        return self.config.shares
+
     def _perceivers(self) -> list[Perceiver]:
         return cast("list[Perceiver]", list(self.perceivers))
 
@@ -62,27 +68,32 @@ class StillCompactor(TrainedCompactor):
         salience = cache.salience.clone()
         if new.any():
             keys, values = ([x[..., new, :] for x in side] for side in (cache.keys, cache.values))
-            salience[..., new] = self.scorer(keys, values).to(salience.dtype)
-        if not self.config.per_head:
-            salience = salience.mean((0, 2), keepdim=True).expand_as(salience)
+            fresh = self.scorer(keys, values).to(salience.dtype)
+            if not self.config.per_head:
+                fresh = fresh.mean((0, 2), keepdim=True).expand_as(fresh)
+            salience[..., new] = fresh
         return salience
 
-    def forward(self, cache: Cache, slots: int, ids: Tensor | None = None) -> Cache:
+    def forward(self, cache: Cache, slots: int | Counts, ids: Tensor | None = None) -> Cache:
         """`slots` slots from a longer cache. Where they stand passes no gradient.
 
-        `ids`, the tokens of its raw slots, are for rivals that read them: Still reads none.
+        Heads that get fewer than the largest end with empty slots. `ids`, the tokens of its raw
+        slots, are for rivals that read them: Still reads none.
         """
+        layers, _, heads, _ = cache.bias.shape
+        counts = counted(slots, layers, heads).clamp(max=cache.slots).to(cache.bias.device)
         if self.config.placement == "even":
-            return self._even(cache, slots)
+            return self._even(cache, counts)
         with torch.no_grad():
             salience = self.score(cache)
         worth = salience.masked_fill(cache.bias == -torch.inf, -torch.inf)
-        chosen = worth.topk(slots, dim=-1).indices.sort(dim=-1).values  # (L, B, H, t)
+        chosen, beyond = best(worth, counts[:, None])  # (L, B, H, t)
         kept = cache.gather(chosen)
+        kept.bias = kept.bias.masked_fill(beyond, -torch.inf)
         kept.salience = salience.gather(3, chosen)
         index = torch.arange(cache.slots, device=cache.bias.device)
         written = self._perceive(
-            cache, index.expand(cache.bias.shape), chosen, torch.zeros_like(cache.bias)
+            cache, index.expand(cache.bias.shape), chosen, torch.zeros_like(cache.bias), counts
         )
         if self.config.settled:
             for new, old in ((written.keys, kept.keys), (written.values, kept.values)):
@@ -93,34 +104,44 @@ class StillCompactor(TrainedCompactor):
         written.positions, written.mass, written.salience = kept.positions, kept.mass, kept.salience
         return written
 
-    def _even(self, cache: Cache, slots: int) -> Cache:
+    def _even(self, cache: Cache, counts: Tensor) -> Cache:
         """The paper's placement: latents spread evenly over the tokens that are stood for."""
         mass = cache.mass.masked_fill(cache.bias == -torch.inf, 0.0)
         total = mass.sum(-1, keepdim=True)
         middle = (mass.cumsum(-1) - mass / 2) / total
-        cells = (middle * slots).floor().clamp(0, slots - 1)
-        at = torch.arange(slots, device=mass.device)
-        at = at.expand(*mass.shape[:-1], slots)
-        written = self._perceive(cache, cells, at, mass.log())
+        each = counts[:, None, :, None]
+        cells = (middle * each).floor().clamp(min=0).minimum(each - 1)
+        at = torch.arange(int(counts.max()), device=mass.device)
+        at = at.expand(*mass.shape[:-1], len(at))
+        written = self._perceive(cache, cells, at, mass.log(), counts)
         first, last = cache.positions[..., :1], cache.positions[..., -1:]
-        share = torch.linspace(0, 1, slots, device=mass.device)
+        share = at / (each - 1).clamp(min=1)
         written.positions = first + (last - first) * share
-        written.mass = (total / slots).expand(at.shape).clone()
+        written.mass = (total / each).expand(at.shape).clone()
+        written.bias = written.bias.masked_fill(at >= each, -torch.inf)
         return written
 
-    def _perceive(self, cache: Cache, cells: Tensor, at: Tensor, log_mass: Tensor) -> Cache:
+    def _perceive(
+        self, cache: Cache, cells: Tensor, at: Tensor, log_mass: Tensor, counts: Tensor
+    ) -> Cache:
+        """Latents at cells `at` (L, B, H, t), of which a head's first `counts` (L, H) matter."""
         slots = at.shape[-1]
-        device = at.device
         dtype = self._perceivers()[0].bank.dtype
-        where = torch.linspace(0, 1, slots, device=device).expand(at.shape)
+        where = torch.arange(slots, device=at.device) / (counts - 1).clamp(min=1)[..., None]
+        where = where.clamp(max=1)[:, None].expand(at.shape)
         log_mass = log_mass + cache.bias  # a slot weighs here as it does for the base model
         keys, values, betas = [], [], []
-        for n, perceiver in enumerate(self._perceivers()):
+        for n, (perceiver, own) in enumerate(
+            zip(self._perceivers(), counts.amax(1).tolist(), strict=True)
+        ):
             tokens = torch.cat([cache.keys[n].to(dtype), cache.values[n].to(dtype)], dim=-1)
-            k, v, beta = perceiver(tokens, cells[n], log_mass[n], where[n], at[n])
-            keys.append(k)
-            values.append(v)
-            betas.append(torch.zeros_like(where[n]) if beta is None else beta.float())
+            k, v, beta = perceiver(
+                tokens, cells[n], log_mass[n], where[n, ..., :own], at[n, ..., :own]
+            )
+            keys.append(F.pad(k, (0, 0, 0, slots - own)))
+            values.append(F.pad(v, (0, 0, 0, slots - own)))
+            beta = k.new_zeros(k.shape[:-1]) if beta is None else beta
+            betas.append(F.pad(beta.float(), (0, slots - own)))
         zero = torch.zeros_like(where)
         return Cache(
             keys,
@@ -135,22 +156,22 @@ class StillCompactor(TrainedCompactor):
     # -- over spans ---------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def compact(self, spans: Sequence[Span], slots: int) -> Span:
-        """See `Compactor.compact`. Raises InputError for fewer than one slot."""
-        if slots < 1 or not spans:
-            raise InputError(
-                f"cannot compact {len(spans)} spans to {slots} slots: ask for one or more"
-            )
-        cache = Cache.joined(spans, self.identity, (self.config.layers, self.config.kv_heads))
-        dtype = spans[0].layers[0].values.dtype
-        if slots < cache.slots:
+    def compact(self, spans: Sequence[Span], slots: int | Counts) -> Span:
+        """See `Compactor.compact`. Raises CompactorError for fewer than one slot."""
+        if not spans:
+            raise CompactorError("there is no span to compact: give one or more")
+        shape = self.config.layers, self.config.kv_heads
+        counts = counted(slots, *shape)
+        cache = Cache.joined(spans, self.identity, shape)
+        if int(counts.min()) < cache.slots:
             out = self(cache, slots)
         else:  # nothing to shorten
             out = cache
             if self.scorer is not None:
                 out.salience = self.score(cache)
-        plain = not self.config.beta and bool((out.bias == 0).all())
-        written = out.written(dtype, bias=not plain, salience=self.scorer is not None)
+        lengths = counts.amax(1).clamp(max=cache.slots).tolist()
+        dtype = spans[0].layers[0].values.dtype
+        written = out.written(dtype, lengths, salience=self.scorer is not None)
         return Span(
             start=spans[0].start, end=spans[-1].end, layers=written, rotated_at=None,
             rounds=1 + max(s.rounds for s in spans), compactor=self.identity.address,

@@ -9,6 +9,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from still_memory.shares import Shares
+
 
 class StillConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -38,6 +40,10 @@ class StillConfig(BaseModel):
     """`salient` only: each layer and KV head places its own latents. By default all share one
     choice, by the mean of the scorer's logits: over hundreds of rounds a head's own score lets
     prose crowd out what other heads still need (docs/results.md)."""
+
+    shares: Shares = ()
+    """What each `[layer][kv_head]` should get of the slots, in any unit, as measured for its model;
+    () is the same for all, as in the paper."""
 
     settled: bool = True
     """`salient` only: a latent that stands at an already compact slot copies it. A slot is then
