@@ -20,9 +20,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from still_agent.compactor import choose_compactor
+from still_agent.evaluation.bench import Bench
 from still_agent.evaluation.dialogues import Prose
-from still_agent.evaluation.methods import plain, shared
 from still_agent.evaluation.trajectory import book
 from still_agent.models.frozen import FrozenModel
 from still_agent.models.loading import load_model
@@ -30,9 +29,8 @@ from still_agent.training.dialogue_exams import dialogue_exams
 from still_agent.training.exams import Exams, all_right
 from still_agent.training.student import answer_logits
 from still_agent.training.teacher import teach
-from still_memory.compactors import TRAINING_FREE, Compactor
+from still_memory.compactors import TRAINING_FREE
 from still_memory.compactors.cache import PER_SLOT, Cache
-from still_memory.shares import dealt
 from still_memory.span import Slots, Span
 
 METHODS = ("still", *TRAINING_FREE, *(f"{name}+shares" for name in TRAINING_FREE))
@@ -82,11 +80,8 @@ def main() -> None:
     p.add_argument("--json", type=Path)
     args = p.parse_args()
     frozen = load_model(args.model)
-    still = choose_compactor(args.compactor, args.model, frozen)
-    compactors: dict[str, Compactor] = {
-        name: still if name == "still" else choose_compactor(plain(name), args.model, frozen)
-        for name in args.methods
-    }
+    bench = Bench(frozen, args.compactor, args.model)
+    compactors = {name: bench.compactor(name) for name in args.methods}
     prose = Prose([book()])
     found = []
     for title, density in DENSITIES.items():
@@ -102,9 +97,7 @@ def main() -> None:
             spans = spans_of(lesson.cache, exams.context)
             for ratio in args.ratios:
                 for name, compactor in compactors.items():
-                    shares = still.shares if shared(name) else compactor.shares
-                    counts = dealt(args.length // ratio, shares, [args.length] * frozen.layers)
-                    short = stacked([compactor.compact([s], counts) for s in spans])
+                    short = stacked([compactor.compact([s], args.length // ratio) for s in spans])
                     share = right(frozen, exams, short) / lesson.right[1]
                     scores.setdefault((name, ratio), []).append(share)
         print(f"{title}, {args.length} tokens: full cache {spread(full)}")

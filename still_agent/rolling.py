@@ -32,7 +32,6 @@ from still_memory.checkpoint import SHARES, Checkpoint, Entry, Share
 from still_memory.compactors.base import Compactor
 from still_memory.errors import BudgetError, CompactorError, DamageError, InputError
 from still_memory.rotation import free, place
-from still_memory.shares import Counts, dealt
 from still_memory.span import Span, raw_slots
 
 PREFILL = 512  # tokens of one forward pass, so that activations stay bounded
@@ -212,7 +211,7 @@ class RollingState:
         before, began = sum(entry.slots for entry in taken), time.perf_counter()
         with torch.inference_mode():
             spans = [free(_standing(entry), self.model.rope) for entry in taken]
-            span = self.compactor.compact(spans, self._dealt(spans, plan.slots, longest))
+            span = self.compactor.compact(spans, plan.slots, longest)
         _require_shorter(span, spans, min(plan.slots, before - 1), longest)
         entry = Entry(span, span.start, span.end, 0, "memory", plan.level)
         self._entries = [*pinned, *memory[: plan.low], entry, *memory[plan.high :], *tail]
@@ -225,11 +224,6 @@ class RollingState:
                     span.start, span.end, before, span.slots, span.rounds, plan.level, seconds
                 )
             )
-
-    def _dealt(self, spans: Sequence[Span], slots: int, longest: int) -> int | Counts:
-        """`slots` as the compactor's shares divide them, of those that `spans` have."""
-        held = [sum(map(len, layer)) for layer in zip(*(s.layers for s in spans), strict=True)]
-        return dealt(slots, self.compactor.shares, [min(n, longest) for n in held])
 
     @torch.inference_mode()
     def _fill(self) -> None:

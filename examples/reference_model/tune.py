@@ -25,6 +25,7 @@ from torch.nn.functional import cross_entropy
 from benchmarks.recall import spans_of, stacked
 from still_agent.compactor import choose_compactor
 from still_agent.evaluation.dialogues import Prose
+from still_agent.evaluation.shares import SharedOut
 from still_agent.models.frozen import FrozenModel
 from still_agent.models.loading import load_model
 from still_agent.training.dialogue_exams import dialogue_exams
@@ -32,7 +33,7 @@ from still_agent.training.exams import Exams, all_right
 from still_agent.training.student import answer_logits
 from still_agent.training.teacher import teach
 from still_memory.compactors.cache import Cache
-from still_memory.shares import Shares, dealt
+from still_memory.shares import Shares
 from train_tokenizer import HELD_OUT_BOOKS
 
 
@@ -51,7 +52,12 @@ def main() -> None:
     p.add_argument("--rows", type=int, default=6)
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--options", type=json.loads, nargs="+", default=[{}], help="of a dataclass")
-    p.add_argument("--shares", type=shares, nargs="+", help="[[of each KV head] of each layer]")
+    p.add_argument(
+        "--shares",
+        type=shares,
+        nargs="+",
+        help="[[of each KV head] of each layer]; []: the same for all",
+    )
     args = p.parse_args()
     frozen = load_model(args.model)
     made = choose_compactor(args.method, args.model, frozen)
@@ -67,10 +73,10 @@ def main() -> None:
     for ratio in args.ratios:
         for options in args.options:
             compactor = replace(cast("Any", made), **options) if options else made
-            for some in args.shares or [compactor.shares]:
-                counts = dealt(args.length // ratio, some, [args.length] * frozen.layers)
+            for some in args.shares or [None]:
+                dealt = compactor if some is None else SharedOut(compactor, some)
                 began = time.process_time()
-                short = stacked([compactor.compact([span], counts) for span in spans])
+                short = stacked([dealt.compact([s], args.length // ratio) for s in spans])
                 seconds = (time.process_time() - began) / len(spans)
                 loss, right = graded(frozen, exams, short)
                 print(

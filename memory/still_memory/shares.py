@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from still_memory.errors import CompactorError
+from still_memory.span import Span
 
 Shares = tuple[tuple[float, ...], ...]  # [layer][kv_head], in any unit; () is the same for all
 Counts = Sequence[Sequence[int]]  # slots of each [layer][kv_head]
@@ -55,6 +56,12 @@ def dealt(slots: int, shares: Shares, most: Sequence[int]) -> int | Counts:
         [max(1, round(count * share / max(layer))) if share else 1 for share in layer]
         for count, layer in zip(given, shares, strict=True)
     ]
+
+
+def most(spans: Sequence[Span], longest: int | None) -> list[int]:
+    """The most that each layer can get: what it has in `spans`, and `longest`."""
+    held = [sum(map(len, layer)) for layer in zip(*(s.layers for s in spans), strict=True)]
+    return [n if longest is None else min(n, longest) for n in held]
 
 
 def counted(slots: int | Counts, layers: int, heads: int) -> Tensor:

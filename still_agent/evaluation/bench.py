@@ -38,6 +38,7 @@ from still_memory.compactors import (
     KVzipCompactor,
     StreamingCompactor,
 )
+from still_memory.compactors.still import StillCompactor
 from still_memory.errors import InputError
 from still_memory.rotation import free
 from still_memory.shares import Shares
@@ -120,7 +121,8 @@ class Bench:
         """What each layer gets where slots are dealt out unequally; () if that is not known."""
         if self.shares or not (self.still or self.name == "reference"):
             return self.shares
-        return self.compactor(OWN).shares
+        made = self.compactor(OWN)
+        return made.config.shares if isinstance(made, StillCompactor) else ()
 
 
 @dataclass

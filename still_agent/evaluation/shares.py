@@ -11,7 +11,7 @@ from still_agent.text import file_text
 from still_memory.compactors import Compactor
 from still_memory.errors import InputError
 from still_memory.identity import CompactorIdentity
-from still_memory.shares import Counts, Shares
+from still_memory.shares import Counts, Shares, dealt, most
 from still_memory.span import Span
 
 
@@ -26,7 +26,11 @@ class SharedOut:
     def identity(self) -> CompactorIdentity:
         return self.inner.identity
 
-    def compact(self, spans: Sequence[Span], slots: int | Counts) -> Span:
+    def compact(
+        self, spans: Sequence[Span], slots: int | Counts, longest: int | None = None
+    ) -> Span:
+        if isinstance(slots, int):
+            slots = dealt(slots, self.shares, most(spans, longest))
         return self.inner.compact(spans, slots)
 
 

@@ -17,7 +17,7 @@ from still_agent.sampling import Sampling
 from still_memory.compactors import StreamingCompactor
 from still_memory.compactors.selection import join
 from still_memory.identity import CompactorIdentity
-from still_memory.shares import Counts, Shares
+from still_memory.shares import Counts
 from still_memory.span import Slots, Span
 from still_memory.store import MemoryStore
 
@@ -28,9 +28,10 @@ class Pooling:
     """Means of neighbours with a bias; fewer slots in the last layer, an empty one in a head."""
 
     identity = CompactorIdentity(method="pooling", config="")
-    shares: Shares = ()
 
-    def compact(self, spans: Sequence[Span], slots: int | Counts) -> Span:
+    def compact(
+        self, spans: Sequence[Span], slots: int | Counts, longest: int | None = None
+    ) -> Span:
         assert isinstance(slots, int)
         layers = []
         for index, parts in enumerate(zip(*(s.layers for s in spans), strict=True)):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from still_memory.compactors.still import StillCompactor, StillConfig
 from still_memory.errors import CompactorError
 from still_memory.shares import Shares, best, dealt
-from tests.memory.test_still import MODEL, PAPER, SALIENT, cache, span, stacked
+from tests.memory.test_still import MODEL, PAPER, SALIENT, span
 
 UNEVEN: Shares = ((1.0, 1.0), (4.0, 2.0))
 
@@ -98,7 +98,19 @@ def test_layers_keep_their_own_tokens_over_many_rounds() -> None:
 def test_its_config_names_its_shares() -> None:
     config = StillConfig(**{**SALIENT.model_dump(), "shares": UNEVEN})
     still = StillCompactor(config, MODEL)
-    assert still.shares == UNEVEN and StillCompactor(SALIENT, MODEL).shares == ()
     assert still.identity.address != StillCompactor(SALIENT, MODEL).identity.address
-    counts = dealt(8, still.shares, [64, 64])
-    assert stacked(still(cache(64), counts))[0].shape[3] == 12
+    short = still.compact([span(0, 64)], 8)
+    assert [len(slots) for slots in short.layers] == [3, 12] and short.slots == 8
+    short = still.compact([span(0, 64)], 8, longest=10)
+    assert [len(slots) for slots in short.layers] == [6, 10]
+    assert len(StillCompactor(SALIENT, MODEL).compact([span(0, 64)], 8)) == 8
+
+
+def test_tokens_of_no_worth_give_a_layer_no_more_than_the_mean() -> None:
+    config = StillConfig(**{**SALIENT.model_dump(), "shares": UNEVEN, "worth": 1.9})
+    still = StillCompactor(config, MODEL)  # gates begin at a logit of 2
+    assert still.scorer is not None
+    assert [len(slots) for slots in still.compact([span(0, 64)], 8).layers] == [3, 12]
+    with torch.no_grad():
+        still.scorer.outward.bias.sub_(1.0)
+    assert [len(slots) for slots in still.compact([span(0, 64)], 8).layers] == [8, 8]

@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ from still_memory.compactors.selection import join, ranked_in_the_middle, rememb
 from still_memory.errors import CompactorError
 from still_memory.identity import CompactorIdentity
 from still_memory.rotation import rotate, unrotate
-from still_memory.shares import Counts, Shares, best, counted
+from still_memory.shares import Counts, best, counted
 from still_memory.span import Slots, Span
 
 Keys = Literal["attention", "pursuit"]
@@ -64,8 +64,6 @@ class AttentionMatchingCompactor:
     questions: token ids to read in place of a repetition; no rival then, but a ruler.
     """
 
-    shares: ClassVar[Shares] = ()
-
     reader: Reader = field(repr=False)
     keys: Keys = "attention"
     ridge: float = 1e-2
@@ -79,7 +77,9 @@ class AttentionMatchingCompactor:
         config = " ".join(f"{name}={getattr(self, name)}" for name in options)
         return CompactorIdentity(method="attention-matching", config=config)
 
-    def compact(self, spans: Sequence[Span], slots: int | Counts) -> Span:
+    def compact(
+        self, spans: Sequence[Span], slots: int | Counts, longest: int | None = None
+    ) -> Span:
         if not spans:
             raise CompactorError("there is no span to compact: give one or more")
         _, _, ids = told(spans)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from still_memory.identity import CompactorIdentity
-from still_memory.shares import Counts, Shares
+from still_memory.shares import Counts
 from still_memory.span import Span
 
 
@@ -16,17 +16,14 @@ class Compactor(Protocol):
     @property
     def identity(self) -> CompactorIdentity: ...
 
-    @property
-    def shares(self) -> Shares:
-        """What each layer and head should get of the slots; () where all get the same."""
-        ...
+    def compact(
+        self, spans: Sequence[Span], slots: int | Counts, longest: int | None = None
+    ) -> Span:
+        """Contiguous spans, oldest first, as one span of at most `slots` slots in the mean layer.
 
-    def compact(self, spans: Sequence[Span], slots: int | Counts) -> Span:
-        """Contiguous spans, oldest first, as one span of at most `slots` slots a layer.
-
-        `slots` may name each head's number: who asks deals them out, by `shares`. The spans' keys
-        carry no rotation (`still_memory.rotation.free`). They may be raw or compact, on any
-        device. The result is not rotated either; its `rounds` is one more than the largest among
-        `spans`.
+        A method that knows what each layer needs deals them out, at most `longest` to any one; or
+        `slots` names each head's number. The spans' keys carry no rotation
+        (`still_memory.rotation.free`). They may be raw or compact, on any device. The result is
+        not rotated either; its `rounds` is one more than the largest among `spans`.
         """
         ...

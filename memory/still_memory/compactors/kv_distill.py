@@ -186,7 +186,9 @@ class KVDistillCompactor(TrainedCompactor):
     # -- over spans ---------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def compact(self, spans: Sequence[Span], slots: int | Counts) -> Span:
+    def compact(
+        self, spans: Sequence[Span], slots: int | Counts, longest: int | None = None
+    ) -> Span:
         """See `Compactor.compact`.
 
         Raises CompactorError for fewer than one slot, for raw spans whose tokens are not known

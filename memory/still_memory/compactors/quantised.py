@@ -17,7 +17,7 @@ from torch import Tensor
 from still_memory.compactors.base import Compactor
 from still_memory.errors import CompactorError
 from still_memory.identity import CompactorIdentity
-from still_memory.shares import Counts, Shares
+from still_memory.shares import Counts
 from still_memory.span import Span
 
 GROUP = 32  # numbers that share a smallest value and a step, as in the paper
@@ -39,15 +39,13 @@ class QuantisedCompactor:
         inner = self.inner.identity
         return inner.model_copy(update={"method": f"{inner.method}+int{self.bits}"})
 
-    @property
-    def shares(self) -> Shares:
-        return self.inner.shares
-
-    def compact(self, spans: Sequence[Span], slots: int | Counts) -> Span:
+    def compact(
+        self, spans: Sequence[Span], slots: int | Counts, longest: int | None = None
+    ) -> Span:
         mine, inner = self.identity.address, self.inner.identity.address
         # A compactor knows slots of its own by their address, rounded or not.
         own = [replace(s, compactor=inner) if s.compactor == mine else s for s in spans]
-        span = self.inner.compact(own, slots)
+        span = self.inner.compact(own, slots, longest)
         layers = tuple(
             replace(layer, keys=rounded(layer.keys, self.bits, 1),
                     values=rounded(layer.values, self.bits, 2))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from still_memory.errors import CompactorError
 from still_memory.identity import CompactorIdentity
-from still_memory.shares import Counts, Shares, best, counted
+from still_memory.shares import Counts, best, counted
 from still_memory.span import Slots, Span
 
 
@@ -24,7 +24,6 @@ class Selection(ABC):
     """Keeps the slots with the highest scores, in their order."""
 
     remembers: ClassVar[bool] = False  # whether a kept slot carries its score to the next round
-    shares: Shares = ()
 
     @property
     @abstractmethod
@@ -41,7 +40,9 @@ class Selection(ABC):
         """How many of `count` slots go to the newest ones, whatever their scores."""
         return 0
 
-    def compact(self, spans: Sequence[Span], slots: int | Counts) -> Span:
+    def compact(
+        self, spans: Sequence[Span], slots: int | Counts, longest: int | None = None
+    ) -> Span:
         if not spans:
             raise CompactorError("there is no span to compact: give one or more")
         layers = [join(layer) for layer in zip(*(span.layers for span in spans), strict=True)]

@@ -20,7 +20,7 @@ from torch import nn
 
 from still_memory.errors import CompactorError
 from still_memory.identity import CompactorIdentity, ModelIdentity, weights_digest
-from still_memory.shares import Counts, Shares
+from still_memory.shares import Counts
 from still_memory.span import Span
 
 Settings = TypeVar("Settings", bound=BaseModel)
@@ -30,7 +30,6 @@ class TrainedCompactor(nn.Module, ABC):
     """`config`: its settings; `model`: the identity of the base model it was trained against."""
 
     method: ClassVar[str]
-    shares: Shares = ()
 
     def __init__(self, config: BaseModel, model: ModelIdentity) -> None:
         super().__init__()
@@ -49,7 +48,9 @@ class TrainedCompactor(nn.Module, ABC):
         return self._identity
 
     @abstractmethod
-    def compact(self, spans: Sequence[Span], slots: int | Counts) -> Span:
+    def compact(
+        self, spans: Sequence[Span], slots: int | Counts, longest: int | None = None
+    ) -> Span:
         """See `Compactor.compact`."""
 
     def save(self, folder: str | Path) -> None:

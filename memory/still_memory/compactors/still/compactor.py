@@ -21,7 +21,7 @@ from still_memory.compactors.still.scorer import Scorer
 from still_memory.compactors.trained import TrainedCompactor, settings_of
 from still_memory.errors import CompactorError
 from still_memory.identity import ModelIdentity
-from still_memory.shares import Counts, Shares, best, counted
+from still_memory.shares import Counts, best, counted, dealt, most
 from still_memory.span import Span
 
 
@@ -44,10 +44,6 @@ class StillCompactor(TrainedCompactor):
             if c.placement == "salient"
             else None
         )
-
-    @property
-    def shares(self) -> Shares:  # type: ignore[override]
-        return self.config.shares
 
     def _perceivers(self) -> list[Perceiver]:
         return cast("list[Perceiver]", list(self.perceivers))
@@ -156,19 +152,22 @@ class StillCompactor(TrainedCompactor):
     # -- over spans ---------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def compact(self, spans: Sequence[Span], slots: int | Counts) -> Span:
+    def compact(
+        self, spans: Sequence[Span], slots: int | Counts, longest: int | None = None
+    ) -> Span:
         """See `Compactor.compact`. Raises CompactorError for fewer than one slot."""
         if not spans:
             raise CompactorError("there is no span to compact: give one or more")
         shape = self.config.layers, self.config.kv_heads
-        counts = counted(slots, *shape)
         cache = Cache.joined(spans, self.identity, shape)
-        if int(counts.min()) < cache.slots:
-            out = self(cache, slots)
-        else:  # nothing to shorten
-            out = cache
-            if self.scorer is not None:
-                out.salience = self.score(cache)
+        if self.scorer is not None:
+            cache.salience = self.score(cache)
+        if isinstance(slots, int):
+            useful = self._useful(cache, slots, most(spans, longest))
+            slots = dealt(slots, self.config.shares, useful)
+        counts = counted(slots, *shape)
+        # Where every head gets all that there is, nothing is to be shortened.
+        out = self(cache, slots) if int(counts.min()) < cache.slots else cache
         lengths = counts.amax(1).clamp(max=cache.slots).tolist()
         dtype = spans[0].layers[0].values.dtype
         written = out.written(dtype, lengths, salience=self.scorer is not None)
@@ -176,6 +175,14 @@ class StillCompactor(TrainedCompactor):
             start=spans[0].start, end=spans[-1].end, layers=written, rotated_at=None,
             rounds=1 + max(s.rounds for s in spans), compactor=self.identity.address,
         )  # fmt: skip
+
+    def _useful(self, cache: Cache, slots: int, most: Sequence[int]) -> list[int]:
+        """The most of `most` that a layer can use beyond the mean layer's `slots`."""
+        if self.scorer is None:
+            return list(most)
+        worth = (cache.salience >= self.config.worth) & (cache.bias > -torch.inf)
+        useful = max(slots, int(worth.sum(-1).max()))
+        return [min(n, useful) for n in most]
 
     # -- on disk ------------------------------------------------------------------------------
 

@@ -45,6 +45,10 @@ class StillConfig(BaseModel):
     """What each `[layer][kv_head]` should get of the slots, in any unit, as measured for its model;
     () is the same for all, as in the paper."""
 
+    worth: float = -3.0
+    """`salient` with `shares`: tokens with a lower logit give a layer no claim to more slots than
+    the mean layer's."""
+
     settled: bool = True
     """`salient` only: a latent that stands at an already compact slot copies it. A slot is then
     written once however many rounds follow, and cannot drift."""
