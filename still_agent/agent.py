@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -14,17 +16,20 @@ import torch
 from still_agent.budget import Budget
 from still_agent.compactor import choose_compactor
 from still_agent.ephemeral import EphemeralStore, Store
-from still_agent.events import OnCompaction
+from still_agent.events import OnCompaction, OnReplay
 from still_agent.models.frozen import FrozenModel
 from still_agent.models.loading import load_model
+from still_agent.rebuild import rebuild
 from still_agent.rolling import RollingState, require_fitting
 from still_agent.sampling import Sampling
 from still_agent.session import Session
+from still_agent.steps import Steps
 from still_agent.text import LONGEST, check_message
+from still_memory.checkpoint import Checkpoint
 from still_memory.compactors.base import Compactor
 from still_memory.errors import ConflictError, DamageError, InputError
-from still_memory.portable import Portable
-from still_memory.records import Head, NewTurn, SessionInfo
+from still_memory.portable import UNVERIFIED, Portable
+from still_memory.records import Head, NewTurn, SessionInfo, TurnRecord
 from still_memory.store import MemoryStore
 
 
@@ -47,6 +52,7 @@ class Agent:
         self.budget.require_window(model.window)
         self.sampling = sampling or Sampling()
         self._on_compaction = on_compaction
+        self._command: list[str] | None = None  # options of the command line that load the like
         self._longest = longest_message
         # One live object a session: two would race for its head within one process.
         self._sessions: WeakValueDictionary[int, Session] = WeakValueDictionary()
@@ -88,7 +94,7 @@ class Agent:
             if store is None
             else MemoryStore(store, keep_checkpoints=keep_checkpoints)
         )
-        return cls(
+        agent = cls(
             model,
             chosen,
             kept,
@@ -97,6 +103,8 @@ class Agent:
             on_compaction=on_compaction,
             longest_message=longest_message,
         )
+        agent._command = _options(name, compactor, agent.budget, device, dtype)
+        return agent
 
     def session(self, id: str, system: str | None = None) -> Session:
         """Open a conversation: resumed if the store holds it, else begun.
@@ -111,13 +119,11 @@ class Agent:
             check_message(system, self._longest)
         for _ in range(2):  # again, if another process makes the session meanwhile
             head = self.store.head(id)
-            if head is not None:
-                return self._resume(head, system)
             try:
-                return self._begin(id, system)
+                return self._begin(id, system) if head is None else self._resume(head, system)
             except ConflictError:
                 continue
-        raise ConflictError(f"session {id!r} is being made and deleted elsewhere; try again")
+        raise ConflictError(f"session {id!r} is being made or moved on elsewhere; try again")
 
     def sessions(self) -> list[SessionInfo]:
         """What the store holds, newest first."""
@@ -135,6 +141,35 @@ class Agent:
             session = None if head is None else self._sessions.pop(head.session_id, None)
         if session is not None:
             session.forget()
+
+    def rebuild(self, id: str, *, on_progress: OnReplay | None = None) -> Session:
+        """Compute a conversation's memory anew from its text, with this agent's parts; open it.
+
+        For another model, compactor or budget than it has had, or where its state is damaged: the
+        ledger is all that is read. With the parts that it has had, the state is the same bit for
+        bit, and damaged spans are mended also for the sessions that share them. `restored` tells
+        what was done, and in `differs` what is otherwise than the ledger had it.
+
+        on_progress: called with the tokens taken in so far, and in all.
+
+        The old state stays until the new one stands, and then goes, with those kept of earlier
+        turns. An interrupted rebuild goes on where it was saved last, a few seconds before, when
+        it is called again with the same parts; other parts begin anew. Forks keep their own states.
+
+        UnknownSessionError if there is no such session; DamageError if its ledger is damaged too;
+        BudgetError if the budget cannot hold its system prompt, or, in the schedule "append", all
+        of it; InputError if the model's template lacks a role that was used; ConflictError if
+        others write the session all the while.
+        """
+        state, steps = self._state()
+        head, restored = rebuild(state, steps, self.store, id, on_progress)
+        chat = self._open_here(head)
+        if chat is None:
+            chat = self._opened(state, steps, head)
+        else:
+            chat.refresh()
+        chat.restored = restored
+        return chat
 
     def export(self, id: str, path: str | Path) -> None:
         """Write a conversation as one new file, which `import_session` reads anywhere.
@@ -157,13 +192,9 @@ class Agent:
         self.model.identity.require(found.model, f"the session in {str(path)!r}", remedy)
         for entry in found.checkpoint.entries:
             require_fitting(entry.span, self.model)
-        known = range(self.model.vocab_size)
-        told = [turn.tokens for turn in found.turns]
-        told += [entry.span.ids or () for entry in found.checkpoint.entries]
-        if not all(token in known for tokens in told for token in tokens):
-            raise DamageError(f"{str(path)!r} holds token ids that {self.model.name!r} has not")
-        self._state().restore(found.checkpoint)  # what cannot stand here is not saved
-        return self.session(found.save(self.store, name).session)
+        self._require_known_tokens(found.checkpoint, found.turns, repr(str(path)))
+        self._state()[0].restore(found.checkpoint)  # what cannot stand here is not saved
+        return self._resume(found.save(self.store, name, self.model.identity))
 
     def close(self) -> None:
         """Close the sessions and the store; what was saved stays."""
@@ -185,11 +216,11 @@ class Agent:
     ) -> None:
         self.close()
 
-    def _resume(self, head: Head, system: str | None) -> Session:
+    def _resume(self, head: Head, system: str | None = None) -> Session:
+        """The session of this very record: one made anew under its name is another."""
         what = f"session {head.session!r}"
-        self.model.identity.require(
-            head.model, what, "Load that model to resume it, or choose another session id."
-        )
+        remedy = f"Load that model to resume it, or {self._to_rebuild(head.session)}"
+        self.model.identity.require(head.model, what, remedy)
         if system is not None and system != head.settings.get("system"):
             raise InputError(
                 f"{what} was begun with another system prompt, which is pinned: leave `system` "
@@ -198,12 +229,41 @@ class Agent:
         if (open_here := self._open_here(head)) is not None:
             open_here.refresh()  # waits for its turn, so the agent's lock must not be held
             return open_here
-        state = self._state()
-        state.restore(self.store.load(head, device=self.model.device))
-        return self._opened(state, head)
+        state, steps = self._state()
+        try:
+            saved = self.store.load(head, device=self.model.device)
+        except DamageError as damage:
+            raise DamageError(f"{damage}. Or {self._to_rebuild(head.session)}") from damage
+        state.restore(saved)
+        if UNVERIFIED in saved.extra:  # imported where no model was loaded: nobody has looked
+            self._require_known_tokens(saved, self.store.history(head), what)
+            named = replace(head, model=self.model.identity)
+            head = self.store.commit(named, state.checkpoint(), [])
+        return self._opened(state, steps, head)
+
+    def _to_rebuild(self, id: str) -> str:
+        """What to do about a state that this agent cannot use, as words and as a command."""
+        told = f"have this one read its text again, in place of that memory: agent.rebuild({id!r})"
+        if self._command is None or not isinstance(self.store, MemoryStore):
+            return told
+        options = ["--store", str(self.store.path), *self._command]
+        command = shlex.join(["still-agent", "sessions", "rebuild", *options, "--", id])
+        return f"{told}, or `{command}`"
+
+    def _require_known_tokens(
+        self, checkpoint: Checkpoint, turns: Sequence[NewTurn | TurnRecord], what: str
+    ) -> None:
+        known = range(self.model.vocab_size)
+        told = [turn.tokens for turn in turns]
+        told += [entry.span.ids or () for entry in checkpoint.entries]
+        if not all(token in known for tokens in told for token in tokens):
+            raise DamageError(
+                f"{what} holds token ids that {self.model.name!r} has not: export it again where "
+                "it was made"
+            )
 
     def _begin(self, id: str, system: str | None) -> Session:
-        tokenizer, state = self.model.tokenizer, self._state()
+        tokenizer, (state, steps) = self.model.tokenizer, self._state()
         said = [] if system is None else tokenizer.message("system", system)
         state.pin([*tokenizer.start, *said])
         turns: Sequence[NewTurn] = [] if system is None else [NewTurn("system", system, said)]
@@ -214,19 +274,22 @@ class Agent:
             turns=turns,
             settings={"system": system},
         )
-        return self._opened(state, head)
+        return self._opened(state, steps, head)
 
-    def _state(self) -> RollingState:
-        return RollingState(self.model, self.compactor, self.budget, self._on_compaction)
+    def _state(self) -> tuple[RollingState, Steps]:
+        """An empty state, and what notes its compactions."""
+        steps = Steps(self.budget, lambda: self.compactor.identity.address, self._on_compaction)
+        return RollingState(self.model, self.compactor, self.budget, steps), steps
 
-    def _opened(self, state: RollingState, head: Head) -> Session:
+    def _opened(self, state: RollingState, steps: Steps, head: Head) -> Session:
         """One object for one session, also when several threads open it at once."""
         session = Session(
             state,
+            steps,
             self.store,
             head,
             state.checkpoint(),
-            reopen=self.session,
+            reopen=self._resume,
             sampling=self.sampling,
             longest_message=self._longest,
         )
@@ -240,3 +303,34 @@ class Agent:
         with self._lock:
             session = self._sessions.get(head.session_id)
         return None if session is None or session.closed else session
+
+
+def _options(
+    name: str | Path,
+    compactor: str | Path | Compactor | None,
+    budget: Budget,
+    device: str | torch.device | None,
+    dtype: str | torch.dtype | None,
+) -> list[str] | None:
+    """The command line's options for an agent like this; None if they cannot tell it."""
+    if not isinstance(compactor, str | Path | None):
+        return None
+    told = {
+        "model": None if name == "reference" else name,
+        "compactor": compactor,
+        "slots": budget.slots,
+        "schedule": budget.schedule,
+        "horizon": budget.horizon,
+        "device": device,
+        "dtype": None if dtype is None else str(dtype).removeprefix("torch."),
+    }
+    plain = Budget(slots=budget.slots, schedule=budget.schedule, horizon=budget.horizon)
+    if plain != budget:  # shares that have no option
+        return None
+    usual = {"slots": Budget().slots, "schedule": Budget().schedule}
+    return [
+        word
+        for key, value in told.items()
+        if value is not None and value != usual.get(key)
+        for word in (f"--{key}", str(value))
+    ]

@@ -6,6 +6,7 @@ import sqlite3
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import closing
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from itertools import islice
@@ -16,9 +17,11 @@ from pydantic import JsonValue
 
 from still_memory import words
 from still_memory.checkpoint import Checkpoint
+from still_memory.drafts_table import name_of
 from still_memory.errors import ConflictError, UnknownSessionError, deleted
 from still_memory.identity import ModelIdentity
 from still_memory.records import (
+    MAX_SESSION_NAME,
     Head,
     Match,
     NewTurn,
@@ -57,6 +60,20 @@ class Store(Protocol):
 
     def sessions(self) -> list[SessionInfo]: ...
 
+    def ledger(self, session: str) -> Head: ...
+
+    def draft(self, head: Head) -> Head | None: ...
+
+    def save_draft(
+        self, head: Head, made: Head, checkpoint: Checkpoint, turns: Sequence[NewTurn]
+    ) -> Head: ...
+
+    def discard_draft(self, head: Head) -> None: ...
+
+    def adopt(
+        self, head: Head, made: Head, checkpoint: Checkpoint, turns: Sequence[NewTurn]
+    ) -> Head: ...
+
     def delete(self, session: str) -> None: ...
 
     def close(self) -> None: ...
@@ -88,14 +105,16 @@ class EphemeralStore:
         turns: Sequence[NewTurn],
         settings: Mapping[str, JsonValue],
     ) -> Head:
+        check_session_name(session)
         with self._lock:
             start = Head(session, 0, 0, 0, None, 0, 0, model, dict(settings))
             return self._advance(self._begin(start, [], checkpoint), checkpoint, turns)
 
     def fork(self, head: Head, name: str, checkpoint: Checkpoint) -> Head:
+        check_session_name(name)
         with self._lock:
-            shared = self._at(head).turns[: head.turns]
-            start = replace(head, session=name, generation=0)
+            shared = list(map(_copy, self._at(head).turns[: head.turns]))
+            start = replace(head, session=name, generation=0, settings=deepcopy(head.settings))
             return self._advance(self._begin(start, shared, checkpoint), checkpoint, [])
 
     def commit(self, head: Head, checkpoint: Checkpoint, turns: Sequence[NewTurn]) -> Head:
@@ -117,8 +136,8 @@ class EphemeralStore:
 
     def history(self, session: str | Head) -> list[TurnRecord]:
         if isinstance(session, Head):
-            return self._at(session).turns[: session.turns]
-        return list(self._existing(session).turns)
+            return list(map(_copy, self._at(session).turns[: session.turns]))
+        return list(map(_copy, self._existing(session).turns))
 
     def search(self, head: Head, query: str, limit: int = 20) -> list[Match]:
         turns = self._at(head).turns[: head.turns]
@@ -134,7 +153,8 @@ class EphemeralStore:
             ]
 
     def sessions(self) -> list[SessionInfo]:
-        newest = sorted(self._sessions.values(), key=lambda held: held.updated, reverse=True)
+        named = [held for name, held in self._sessions.items() if len(name) <= MAX_SESSION_NAME]
+        newest = sorted(named, key=lambda held: held.updated, reverse=True)
         return [
             SessionInfo(
                 name=held.head.session,
@@ -149,10 +169,43 @@ class EphemeralStore:
             for held in newest
         ]
 
+    def ledger(self, session: str) -> Head:
+        return self._existing(session).head
+
+    def draft(self, head: Head) -> Head | None:
+        held = self._sessions.get(name_of(head.session_id))
+        return None if held is None else held.head
+
+    def save_draft(
+        self, head: Head, made: Head, checkpoint: Checkpoint, turns: Sequence[NewTurn]
+    ) -> Head:
+        with self._lock:
+            way = self._way(head, made)
+            if made.session_id == head.session_id:
+                start = replace(made, session=name_of(head.session_id), generation=0)
+                made = self._begin(start, way, checkpoint)
+            self._at(made).turns = way
+            return self._advance(made, checkpoint, turns)
+
+    def discard_draft(self, head: Head) -> None:
+        with self._lock:
+            self._sessions.pop(name_of(head.session_id), None)
+
+    def adopt(
+        self, head: Head, made: Head, checkpoint: Checkpoint, turns: Sequence[NewTurn]
+    ) -> Head:
+        with self._lock:
+            held, way = self._at(head), self._way(head, made)
+            held.turns = way
+            start = replace(head, model=made.model, turn=made.turn, turns=made.turns)
+            self._sessions.pop(name_of(head.session_id), None)
+            return self._advance(start, checkpoint, turns)
+
     def delete(self, session: str) -> None:
         with self._lock:
-            self._existing(session)
+            head = self._existing(session).head
             del self._sessions[session]
+            self._sessions.pop(name_of(head.session_id), None)
 
     def close(self) -> None:
         self._sessions.clear()
@@ -162,20 +215,29 @@ class EphemeralStore:
         held.checkpoint, held.updated = checkpoint, datetime.now(UTC)
         for turn in turns:
             parent, number = head.turn, head.turns + 1
+            self._ids += 1
             record = TurnRecord(
                 turn.role, turn.text, list(turn.tokens), turn.created or held.updated, number,
-                number, parent, dict(turn.usage),
+                self._ids, parent, deepcopy(dict(turn.usage)),
             )  # fmt: skip
             held.turns.append(record)
-            head = replace(head, turn=number, turns=number)
+            head = replace(head, turn=self._ids, turns=number)
         generation = head.generation + 1
         held.head = replace(
             head, generation=generation, checkpoint=generation, tokens=checkpoint.length
         )
         return held.head
 
+    def _way(self, head: Head, made: Head) -> list[TurnRecord]:
+        """The turns up to `made`'s: the session's own, or those of its draft."""
+        for held in (self._at(head), self._at(made)):
+            turns = held.turns[: made.turns]
+            if len(turns) == made.turns and (not turns or turns[-1].id == made.turn):
+                return list(map(_copy, turns))
+        raise deleted(head.session)
+
     def _begin(self, start: Head, turns: list[TurnRecord], checkpoint: Checkpoint) -> Head:
-        name = check_session_name(start.session)
+        name = start.session
         if name in self._sessions:
             raise ConflictError(
                 f"session {name!r} exists already: choose another name, or resume it"
@@ -204,3 +266,8 @@ class EphemeralStore:
                 f"there is no session {session!r}; agent.session({session!r}) begins one"
             )
         return held
+
+
+def _copy(turn: TurnRecord) -> TurnRecord:
+    """A record that its reader may change: the store's own stays as it was said."""
+    return replace(turn, tokens=list(turn.tokens), usage=deepcopy(turn.usage))

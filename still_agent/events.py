@@ -20,7 +20,7 @@ class Compaction:
 
 
 OnReplay = Callable[[int, int], None]
-"""Called while a fork or a rewind reads turns again: tokens taken in so far, and in all.
+"""Called while a fork, a rewind or a rebuild reads turns again: tokens taken in so far, and in all.
 
 An exception raised by it ends that, and nothing has changed.
 """

@@ -1,11 +1,11 @@
-"""An earlier turn's state, computed anew from the ledger where the store no longer keeps it.
+"""Turns taken in again from the ledger: where the store has no state of them, or a new one is due.
 
 What a state is depends on how its tokens came in: a message in one run, a reply token by token,
 reasoning fed and taken back. So a turn is taken in again by the steps that took it in first:
 a reply by the very code that made it, its tokens chosen by the ledger. With the same model,
 compactor, budget and machine the state is the same, bit for bit. With another budget or
-compactor it is what this agent would have made of the same tokens; the ledger's own count of
-compactions tells (`Restored.faithful`).
+compactor it is what this agent would have made of the same tokens; the boundaries in the ledger
+tell (`Restored.differs`).
 """
 
 from __future__ import annotations
@@ -21,54 +21,94 @@ from still_agent.events import OnReplay
 from still_agent.models.tokenizers import Tokenizer
 from still_agent.rolling import RollingState
 from still_agent.sampling import Sampling
+from still_agent.steps import Log, Steps, differences
 from still_memory.errors import DamageError
 from still_memory.records import TurnRecord
 
 
 @dataclass(frozen=True)
 class Restored:
-    """How the state of an earlier turn was come by.
+    """How a state was come by.
 
     With no replayed token it is the saved state itself, bit for bit.
     """
 
-    reused_tokens: int  # logical tokens of the nearest checkpoint that was kept
+    reused_tokens: int  # logical tokens of the state that it went on from
     replayed_tokens: int  # taken in again after it, from the ledger
     compactions: int  # of the replay
-    faithful: bool  # each replayed turn gave the text and took the compactions that are logged
+    differs: tuple[str, ...] = ()  # what went otherwise than logged, see `faithful`
+
+    @property
+    def faithful(self) -> bool:
+        """Whether all went as the ledger tells: text, boundaries, compactor, budget, tokens.
+
+        A turn without compactions logs neither compactor nor budget: they did not matter to it.
+        """
+        return not self.differs
+
+
+@dataclass(frozen=True)
+class Retold:
+    """An exchange that was taken in again: a message and the reply to it, or a message alone."""
+
+    turns: tuple[TurnRecord, ...]
+    log: Log  # its compactions, as they came now
+    differs: frozenset[str]
 
 
 def replay(
     state: RollingState,
     tokenizer: Tokenizer,
     turns: Sequence[TurnRecord],
+    steps: Steps,
     on_replay: OnReplay | None = None,
-) -> bool:
-    """Take `turns` in after what `state` holds; whether all went as the ledger tells.
+) -> tuple[str, ...]:
+    """Take `turns` in after what `state` holds; what went otherwise than the ledger tells.
 
     DamageError, before anything is computed, for tokens that the model does not have. Whatever
     `on_replay` and the state's compactions raise leaves the state undefined.
     """
-    for turn in turns:
-        if not all(token < state.model.vocab_size for token in turn.tokens):
-            raise DamageError(
-                f"turn {turn.number} has tokens that the model {state.model.name!r} does not know: "
-                "it was not made by this model; go back to another turn, or begin a new session"
-            )
-    done, total, faithful = 0, sum(len(turn.tokens) for turn in turns), True
+    require_known(turns, state.model.vocab_size, state.model.name)
+    done, total = 0, tokens_of(turns)
+    differs: set[str] = set()
+    for retold in retell(state, tokenizer, turns, steps):
+        differs |= retold.differs
+        done += tokens_of(retold.turns)
+        if on_replay is not None:
+            on_replay(done, total)
+    return tuple(sorted(differs))
+
+
+def retell(
+    state: RollingState, tokenizer: Tokenizer, turns: Sequence[TurnRecord], steps: Steps
+) -> Iterator[Retold]:
+    """Take `turns` in, exchange by exchange; after each the state is whole and sealed."""
     for asked, told in _exchanges(turns):
-        before = state.compactions
+        steps.begin()
+        differs: set[str] = set()
         if told is not None:
-            faithful &= _tell_again(state, tokenizer, asked.tokens, told) == told.text
+            text = _tell_again(state, tokenizer, asked.tokens, told)
+            differs |= {"text"} if text != told.text else set()
         elif asked.tokens:
             state.extend(asked.tokens)
         state.checkpoint()  # the open run is sealed where it was then
-        logged = (told or asked).usage.get("compactions")
-        faithful &= logged in (None, state.compactions - before)
-        done += len(asked.tokens) + len(told.tokens if told else ())
-        if on_replay is not None:
-            on_replay(done, total)
-    return faithful
+        log = steps.log()
+        differs |= differences((told or asked).usage, log)
+        yield Retold((asked,) if told is None else (asked, told), log, frozenset(differs))
+
+
+def require_known(turns: Sequence[TurnRecord], vocab_size: int, model: str) -> None:
+    """DamageError for tokens that the model does not have."""
+    for turn in turns:
+        if not all(token < vocab_size for token in turn.tokens):
+            raise DamageError(
+                f"turn {turn.number} has tokens that the model {model!r} does not know: "
+                "it was not made by this model; go back to another turn, or begin a new session"
+            )
+
+
+def tokens_of(turns: Sequence[TurnRecord]) -> int:
+    return sum(len(turn.tokens) for turn in turns)
 
 
 def _exchanges(turns: Sequence[TurnRecord]) -> Iterator[tuple[TurnRecord, TurnRecord | None]]:

@@ -25,6 +25,7 @@ from still_agent.replay import Restored, replay
 from still_agent.reply import Reply, Usage
 from still_agent.rolling import RollingState
 from still_agent.sampling import Sampling
+from still_agent.steps import Steps
 from still_agent.stream import Pieces, Stream, pieces_of
 from still_agent.text import check_message, parts
 from still_memory.checkpoint import Checkpoint
@@ -60,19 +61,20 @@ class Session:
     def __init__(
         self,
         state: RollingState,
+        steps: Steps,
         store: Store,
         head: Head,
         saved: Checkpoint,
         *,
-        reopen: Callable[[str], Session],
+        reopen: Callable[[Head], Session],
         sampling: Sampling,
         longest_message: int,
     ) -> None:
         self.id = head.session
         self.last_reply: Reply | None = None
-        self.restored: Restored | None = None  # how `fork` or `rewind` came by this state
+        self.restored: Restored | None = None  # how this state was come by, unless by living it
         self.lock = threading.RLock()
-        self._state, self._store = state, store
+        self._state, self._steps, self._store = state, steps, store
         self._tokenizer = state.model.tokenizer
         self._head, self._saved = head, saved
         self._reopen = reopen
@@ -154,7 +156,7 @@ class Session:
           message and its reply), the ledger's token ids are taken in again from the nearest
           checkpoint before it, or from the start, by the steps of the first time. That is the
           same state bit for bit if the turns were made with this model, compactor, budget and
-          machine; `restored.faithful` is False if the ledger shows that they were not.
+          machine; `restored.differs` names what the ledger shows to be otherwise.
           `on_replay` hears of the progress, and `on_compaction` of each compaction.
 
         Counts as a turn: an open stream is abandoned, and if anything is raised the session is
@@ -177,8 +179,8 @@ class Session:
         """
         with self._computing(None), self._whole_turn():  # not committed: the state is put back
             past, restored = self._go_back(self._head.turns if at is None else at, on_replay)
-            self._store.fork(past, name, self._state.checkpoint())
-        forked = self._reopen(name)
+            begun = self._store.fork(past, name, self._state.checkpoint())
+        forked = self._reopen(begun)
         forked.restored = restored
         return forked
 
@@ -273,6 +275,7 @@ class Session:
         state = self._state
         with self._whole_turn():
             reused, compactions = state.length, state.compactions
+            self._steps.begin()
             message = self._tokenizer.message(role, text)
             held = ""  # the newest piece waits for the next one, and the last for the commit
             replying = answer(state, self._tokenizer, message, sampling)
@@ -288,7 +291,7 @@ class Session:
             usage = Usage(reused, found.prefilled, found.generated, state.compactions - compactions)
             reply = Reply(found.text, usage, found.finish, found.reasoning)
             asked = NewTurn(role, text, message)
-            logged: dict[str, JsonValue] = {**usage.to_json()}
+            logged: dict[str, JsonValue] = {**usage.to_json(), **self._steps.log()}
             if sampling.stop:  # which may have cut the reply: a replay needs them
                 logged["stop"] = [*sampling.stop]
             told = NewTurn("assistant", found.text, found.tokens, usage=logged)
@@ -302,10 +305,12 @@ class Session:
         state = self._state
         with self._whole_turn():
             reused, compactions = state.length, state.compactions
+            self._steps.begin()
             message = self._tokenizer.message(role, text)
             state.extend(message)
             usage = Usage(reused, len(message), 0, state.compactions - compactions)
-            self._commit(self._head, [NewTurn(role, text, message, usage=usage.to_json())])
+            logged: dict[str, JsonValue] = {**usage.to_json(), **self._steps.log()}
+            self._commit(self._head, [NewTurn(role, text, message, usage=logged)])
         return usage
 
     @contextmanager
@@ -363,10 +368,8 @@ class Session:
         else:
             state.restore(self._store.load(kept, device=state.model.device))
             reused, begun = kept.tokens, kept.turns
-        faithful = replay(state, self._tokenizer, turns[begun:], on_replay)
-        restored = Restored(
-            reused, state.length - reused, state.compactions - compactions, faithful
-        )
+        differs = replay(state, self._tokenizer, turns[begun:], self._steps, on_replay)
+        restored = Restored(reused, state.length - reused, state.compactions - compactions, differs)
         return replace(head, turn=turns[-1].id if turns else None, turns=at), restored
 
     def _current(self) -> Head:

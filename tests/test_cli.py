@@ -6,15 +6,20 @@ import json
 import os
 import re
 import resource
+import shlex
+import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner, Result
 
 from still_agent.cli.app import app, main
+from tests.conftest import tiny_model
 
 ROOT = Path(__file__).parent.parent
 PATHS = os.pathsep.join([str(ROOT), str(ROOT / "memory")])
@@ -44,6 +49,14 @@ def store(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
     assert done.exit_code == 0, done.output
     path.with_name("chat.txt").write_text(done.stdout)
     return path
+
+
+@pytest.fixture(scope="module")
+def other_folder(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
+    """A model of the same tokenizer and other weights."""
+    folder = Path(shutil.copytree(tiny_folder, tmp_path_factory.mktemp("models") / "other"))
+    tiny_model(seed=1).save_pretrained(folder)
+    return folder
 
 
 def test_help_comes_in_under_half_a_second() -> None:
@@ -188,17 +201,63 @@ def test_a_session_is_forked_rewound_and_taken_elsewhere(
 
     told("export", "ålice", str(file), *at)
     assert told("import", str(file), *there) == {
-        "imported": "ålice", "turns": last, "tokens": info["tokens"]
+        "imported": "ålice", "turns": last, "tokens": info["tokens"], "verified": False
     }  # fmt: skip
     again = CliRunner().invoke(app, ["sessions", "import", str(file), *there])
     assert "choose another name" in str(again.exception)
     assert told("import", str(file), "--name", "dora", *there)["imported"] == "dora"
     names = json.loads(CliRunner().invoke(app, ["sessions", "list", "--json", *there]).stdout)
     assert {n["name"] for n in names} == {"ålice", "dora"}
+    assert {n["model"][:11] for n in names} == {"unverified "}
+    again = told("import", str(file), "--name", "emil", *with_model, *there)
+    assert again["session"] == "emil" and again["faithful"] and again["tokens"] == info["tokens"]
+    names = json.loads(CliRunner().invoke(app, ["sessions", "list", "--json", *there]).stdout)
+    assert {n["model"] for n in names} == {tiny_folder.name}
     file.write_bytes(file.read_bytes()[:-1])
     absent = ["--store", str(tmp_path / "absent.db")]
     broken = CliRunner().invoke(app, ["sessions", "import", str(file), *absent])
     assert "damaged" in str(broken.exception) and not (tmp_path / "absent.db").exists()
+
+
+def test_a_memory_is_computed_anew_by_the_command_that_the_error_gives(
+    store: Path, tmp_path: Path, tiny_folder: Path, other_folder: Path
+) -> None:
+    copy = tmp_path / "a copy.db"
+    copy.write_bytes(store.read_bytes())
+    at = ["--store", str(copy)]
+    model = ["--model", str(other_folder), *TINY_SLOTS]
+    refused = CliRunner().invoke(app, ["chat", "--session", "ålice", *model, *at], input="")
+    assert "weights differ" in str(refused.exception)
+    (command,) = re.findall(r"`still-agent (.*)`", str(refused.exception))
+    words = shlex.split(command)
+    assert words[:2] == ["sessions", "rebuild"] and words[-1] == "ålice"
+    before = CliRunner().invoke(app, ["sessions", "show", "ålice", *at]).stdout
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.output
+    assert "rebuilding 'ålice'" in done.stderr and "100%" in done.stderr
+    assert "read again, other: model" in done.stdout
+    assert CliRunner().invoke(app, ["sessions", "show", "ålice", *at]).stdout == before
+    assert "resumed 'ålice'" in chat(other_folder, copy, "", "--session", "ålice").stdout
+    with closing(sqlite3.connect(copy)) as db:
+        db.execute("update span_layers set data = zeroblob(length(data))")
+        db.commit()
+    broken = chat(other_folder, copy, "", "--session", "ålice")
+    assert command in str(broken.exception) and "damaged" in str(broken.exception)
+    told = json.loads(CliRunner().invoke(app, [*words[:2], "--json", *words[2:]]).stdout)
+    assert told["faithful"] and told["replayed_tokens"] == told["tokens"]
+    assert "resumed 'ålice'" in chat(other_folder, copy, "", "--session", "ålice").stdout
+
+
+def test_old_turns_are_read_again_under_a_bar(
+    store: Path, tmp_path: Path, tiny_folder: Path
+) -> None:
+    copy = tmp_path / "copy.db"
+    copy.write_bytes(store.read_bytes())
+    at = ["--replay", "--model", str(tiny_folder), *TINY_SLOTS, "--store", str(copy)]
+    for verb in (["fork", "ålice", "bob", "--at", "1"], ["rewind", "ålice", "1"]):
+        done = CliRunner().invoke(app, ["sessions", *verb, *at])
+        assert done.exit_code == 0, done.output
+        assert "100%" in done.stderr and "tokens were read again, as logged" in done.stdout
 
 
 def test_a_store_can_be_named_by_the_environment(store: Path) -> None:
@@ -217,6 +276,8 @@ def test_a_store_can_be_named_by_the_environment(store: Path) -> None:
         ("sessions", "search", "ålice", "?"),
         ("sessions", "fork", "nobody", "somebody"),
         ("sessions", "rewind", "ålice", "999"),
+        ("sessions", "rebuild", "nobody"),
+        ("sessions", "rebuild", "nobody", "--store", "no-such.db"),
         ("sessions", "export", "nobody", "no.still"),
         ("sessions", "import", "no-such.still"),
         ("demo", "--facts", "many"),

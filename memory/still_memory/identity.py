@@ -36,7 +36,7 @@ class Identity(BaseModel):
 class ModelIdentity(Identity):
     """The base model, as far as it shapes a KV cache."""
 
-    name: str  # for people; not compared
+    name: str  # for people; not compared, not even by ==
     weights: str
     config: str
     tokenizer: str
@@ -46,10 +46,21 @@ class ModelIdentity(Identity):
     def differences(self, other: Identity) -> list[str]:
         return [f for f in super().differences(other) if f != "name"]
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ModelIdentity) and not self.differences(other)
+
+    def __hash__(self) -> int:
+        return hash(self.address)
+
     @property
     def address(self) -> str:
         nameless = self.model_dump_json(exclude={"name"})
         return hashlib.sha256(nameless.encode()).hexdigest()
+
+    @property
+    def unnamed(self) -> ModelIdentity:
+        """The same model under no name that a stranger has given it."""
+        return self.model_copy(update={"name": f"unverified {self.address[:12]}"})
 
     def require(self, other: ModelIdentity, what: str, remedy: str) -> None:
         """Raise IdentityError unless `other`, which made `what`, is this model."""

@@ -40,6 +40,15 @@ def m003_words(db: Database) -> None:
     words.erase(db.conn)
 
 
+@migrations()
+def m004_drafts(db: Database) -> None:
+    """A session that is to take another's place, once it stands."""
+    db.conn.execute("alter table sessions add column draft_of integer references sessions (id)")
+    db.conn.execute(
+        "create unique index sessions_draft_of on sessions (draft_of) where draft_of not null"
+    )
+
+
 _M001 = """
 create table meta (
     name text primary key,

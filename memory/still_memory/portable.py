@@ -20,7 +20,7 @@ import stat
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, BinaryIO, Protocol, Self
@@ -47,6 +47,10 @@ _DIGEST = hashlib.sha256().digest_size
 _JSON = 1 << 26  # bytes of one JSON frame, at most
 _LAYER = 1 << 31  # and of one layer
 _PIECE = 1 << 24  # bytes read at once: a frame's length is not trusted for a size
+
+# Of a state whose model was not there when it was imported: whoever opens it has to look at the
+# token ids first. A key of the checkpoint's extra state, so that the next commit takes it away.
+UNVERIFIED = "unverified"
 
 _Count = Annotated[int, Field(ge=0, lt=2**53)]
 _Place = Annotated[int, Field(ge=0, lt=2**31)]
@@ -125,12 +129,22 @@ class Portable:
         turns = [NewTurn(t.role, t.text, t.tokens, t.usage, t.created) for t in store.history(head)]
         return cls(head.session, head.model, head.settings, store.load(head), turns)
 
-    def save(self, store: Store, name: str | None = None) -> Head:
-        """Begin it in a store, under its own name or another; ConflictError if that is taken."""
+    def save(
+        self, store: Store, name: str | None = None, model: ModelIdentity | None = None
+    ) -> Head:
+        """Begin it in a store, under its own name or another; ConflictError if that is taken.
+
+        model: the one that this session was found to be of, shape and token ids included. Without
+            it nothing of that has been looked at: the state is marked as `UNVERIFIED`, and the
+            model goes by its digest, for the name in the file is whatever its author wrote.
+        """
+        extra = {key: told for key, told in self.checkpoint.extra.items() if key != UNVERIFIED}
+        if model is None:
+            extra[UNVERIFIED] = True
         return store.create(
             self.name if name is None else name,
-            self.model,
-            checkpoint=self.checkpoint,
+            model or self.model.unnamed,
+            checkpoint=replace(self.checkpoint, extra=extra),
             turns=self.turns,
             settings=self.settings,
         )

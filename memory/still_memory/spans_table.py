@@ -53,31 +53,47 @@ class SpansTable:
     def put(
         self, conn: sqlite3.Connection, span: Span, packed: Packed, model: str, model_id: int
     ) -> tuple[int, int, int]:
-        """The span's row id, its bytes, and how many of them this call wrote."""
+        """The span's row id, its bytes, and how many of them this call wrote.
+
+        A span that was made anew, and has the address of one that is there, is held against its
+        rows, and they are mended if they are damaged: also for the other sessions that share it.
+        """
         query = "select id, bytes from spans where address = ?"
-        if (row := conn.execute(query, (packed.address,)).fetchone()) is not None:
+        row = conn.execute(query, (packed.address,)).fetchone()
+        if row is not None and packed.layers is None:
             return row[0], row[1], 0
         if packed.layers is None:  # known here, and collected since
             packed = self._encode(span, model)
         assert packed.layers is not None
         meta = _meta(span)
         size = sum(map(len, packed.layers)) + len(meta[-1] or b"")
-        cursor = conn.execute(
-            'insert into spans (address, model, start, "end", rotated_at, rounds, compactor, ids,'
-            " codec, layers, bytes) values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            (packed.address, model_id, *meta, EXACT, len(packed.layers), size),
-        )
-        assert cursor.lastrowid is not None
+        content = (model_id, *meta, EXACT, len(packed.layers), size)
+        if row is None:
+            (identity,) = conn.execute(
+                'insert into spans (address, model, start, "end", rotated_at, rounds, compactor,'
+                " ids, codec, layers, bytes) values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) returning id",
+                (packed.address, *content),
+            ).fetchone()
+        elif _as_written(conn, row[0], content, packed):
+            return row[0], size, 0
+        else:
+            identity = row[0]
+            conn.execute(
+                'update spans set model = ?, start = ?, "end" = ?, rotated_at = ?, rounds = ?,'
+                " compactor = ?, ids = ?, codec = ?, layers = ?, bytes = ? where id = ?",
+                (*content, identity),
+            )
+            conn.execute("delete from span_layers where span = ?", (identity,))
         conn.executemany(
             "insert into span_layers (span, layer, digest, data) values (?, ?, ?, ?)",
             (
-                (cursor.lastrowid, layer, mark, data)
+                (identity, layer, mark, data)
                 for layer, (mark, data) in enumerate(
                     zip(packed.digests, packed.layers, strict=True)
                 )
             ),
         )
-        return cursor.lastrowid, size, size
+        return identity, size, size
 
     def learn(self, span: Span, address: str, model: str) -> None:
         """Remember that the store holds this span."""
@@ -146,6 +162,30 @@ class SpansTable:
         return digest(self._key, b"still span", model, *known, *told, EXACT, *digests).hex()
 
 
+def _as_written(
+    conn: sqlite3.Connection, span: int, content: tuple[object, ...], packed: Packed
+) -> bool:
+    """Whether a span's rows are what they would be if it were written now."""
+    assert packed.layers is not None
+    described = conn.execute(
+        'select model, start, "end", rotated_at, rounds, compactor, ids, codec, layers, bytes'
+        " from spans where id = ?",
+        (span,),
+    ).fetchone()
+    listed = conn.execute(
+        "select layer, digest, length(data) from span_layers where span = ? order by layer limit ?",
+        (span, MAX_LAYERS + 1),
+    ).fetchall()
+    expected = zip(packed.digests, packed.layers, strict=True)
+    if described != content or listed != [(n, d, len(b)) for n, (d, b) in enumerate(expected)]:
+        return False
+    query = "select data from span_layers where span = ? and layer = ?"
+    return all(
+        conn.execute(query, (span, layer)).fetchone()[0] == data
+        for layer, data in enumerate(packed.layers)
+    )
+
+
 def _meta(span: Span) -> _Meta:
     ids = None if span.ids is None else pack_ids(span.ids)
     return span.start, span.end, span.rotated_at, span.rounds, span.compactor, ids
@@ -166,6 +206,6 @@ def fault(span: Span) -> str | None:
 
 def _damaged(address: str, how: str) -> DamageError:
     return DamageError(
-        f"span {address[:12]} is damaged: {how}. Restore the store from a copy, or start a new "
-        "session and read the text of history() into it"
+        f"span {address[:12]} is damaged: {how}. Restore the store from a copy, or have its "
+        "session computed anew, by Agent.rebuild or `still-agent sessions rebuild`"
     )

@@ -18,12 +18,12 @@ from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import torch
 from pydantic import JsonValue
 
-from still_memory import checkpoints_table, ledger, words
+from still_memory import checkpoints_table, drafts_table, ledger, words
 from still_memory.checkpoint import Checkpoint
 from still_memory.database import StoreFile, give_back_pages
 from still_memory.errors import (
@@ -46,6 +46,13 @@ from still_memory.records import (
 )
 from still_memory.span import Span
 from still_memory.spans_table import Packed, SpansTable
+
+# A session and one of its checkpoints, as `_sealed` reads them.
+_STANDING = (
+    "select s.id, coalesce(c.generation, s.generation), s.settings, m.address, m.identity, c.id,"
+    " c.turn, c.turns, c.tokens, c.slots, c.bytes, c.entries, c.extra, c.digest from sessions s"
+    " left join models m on m.id = s.model left join checkpoints c on c.session = s.id"
+)
 
 
 class MemoryStore:
@@ -94,6 +101,7 @@ class MemoryStore:
         settings: Mapping[str, JsonValue],
     ) -> Head:
         """A new session with its first turns and state; ConflictError if the name is taken."""
+        check_session_name(session)
         packed = self._pack(checkpoint, model)
         text = to_json(dict(settings), "settings")
         start = Head(session, 0, 0, 0, None, 0, 0, model, json.loads(text))
@@ -109,6 +117,7 @@ class MemoryStore:
         way. ConflictError if the name is taken or the session has moved on from `head`;
         UnknownSessionError if it was deleted.
         """
+        check_session_name(name)
         packed = self._pack(checkpoint, head.model)
         with self._file.writing() as conn:
             text = _settings(conn, head)
@@ -146,30 +155,39 @@ class MemoryStore:
         check_session_name(session)
         with self._file.reading() as conn:
             row = conn.execute(
-                "select s.id, s.generation, s.settings, m.address, m.identity, c.id, c.turn,"
-                " c.turns, c.tokens, c.slots, c.bytes, c.entries, c.extra, c.digest"
-                " from sessions s left join models m on m.id = s.model left join checkpoints c"
-                " on c.session = s.id and c.generation = s.generation where s.name = ?",
-                (session,),
+                f"{_STANDING} and c.generation = s.generation where s.name = ?", (session,)
             ).fetchone()
-            if row is None:
-                return None
-            identity, generation, settings, address, made_by, *saved = row
-            checkpoint, turn, turns, tokens, slots, size, entries, extra, mark = saved
-            if checkpoint is None or made_by is None:
-                raise _damaged(session, "its newest checkpoint is missing")
-            last_turn = ledger.turn_digest(conn, turn)
+            return None if row is None else self._sealed(conn, session, row)
+
+    def ledger(self, session: str) -> Head:
+        """Where the session's turns end, also if its state is damaged.
+
+        If the newest checkpoint is no longer what was written, an older one vouches for the turns
+        up to its own, and for later ones that follow them, as many as they should be.
+        UnknownSessionError if there is no such session, DamageError if nothing vouches for its
+        turns.
+        """
         try:
-            model = ModelIdentity.model_validate_json(made_by)
-            known: dict[str, JsonValue] = json.loads(settings)
-        except ValueError:
-            raise _damaged(session, "its description cannot be read") from None
-        head = Head(session, identity, generation, checkpoint, turn, turns, tokens, model, known)
-        content = slots, size, entries, extra
-        found = checkpoints_table.seal(self._key, head, last_turn, settings, content)
-        if found != mark or model.address != address:
-            raise _damaged(session, "its newest checkpoint does not match its digest")
-        return head
+            return self._existing(session)
+        except DamageError as damage:
+            with self._file.reading() as conn:
+                rows = conn.execute(
+                    f"{_STANDING} where s.name = ? order by c.generation desc", (session,)
+                ).fetchall()
+                for row in rows:
+                    try:
+                        head = self._sealed(conn, session, row)
+                    except DamageError:
+                        continue
+                    turn, turns = rows[0][6:8]
+                    way = ledger.way(conn, turn)
+                    if len(way) == turns and (head.turn is None or head.turn in way):
+                        head = replace(head, turn=turn, turns=turns)
+                    (generation,) = conn.execute(
+                        "select generation from sessions where id = ?", (head.session_id,)
+                    ).fetchone()
+                    return replace(head, generation=generation)
+            raise damage
 
     def kept(self, head: Head) -> list[Head]:
         """Where the session stood on its way to `head` and `load` still finds it, newest first."""
@@ -246,13 +264,82 @@ class MemoryStore:
                 "select s.name, c.turns, c.tokens, c.slots, c.bytes, s.created, s.updated,"
                 " m.identity ->> 'name' from sessions s"
                 " join checkpoints c on c.session = s.id and c.generation = s.generation"
-                " join models m on m.id = s.model order by s.updated desc, s.id desc"
+                " join models m on m.id = s.model where s.draft_of is null"
+                " order by s.updated desc, s.id desc"
             ).fetchall()
         read = datetime.fromisoformat
         return [
             SessionInfo(name, turns, tokens, slots, size, read(created), read(updated), model)
             for name, turns, tokens, slots, size, created, updated, model in rows
         ]
+
+    def draft(self, head: Head) -> Head | None:
+        """How far the state has come that is to take this session's place, if one is on its way."""
+        name = drafts_table.name_of(head.session_id)
+        with self._file.reading() as conn:
+            row = conn.execute(
+                f"{_STANDING} and c.generation = s.generation where s.draft_of = ?",
+                (head.session_id,),
+            ).fetchone()
+            return None if row is None else self._sealed(conn, name, row)
+
+    def save_draft(
+        self, head: Head, made: Head, checkpoint: Checkpoint, turns: Sequence[NewTurn]
+    ) -> Head:
+        """Save a state that is to take the place of `head`'s, after `turns` that follow `made`.
+
+        `made` is the draft's own head or, at first, `head` with the draft's model and settings and
+        the turn at which it stands. Raises what `commit` raises, of the draft.
+        """
+        if made.session_id != head.session_id:
+            return self.commit(made, checkpoint, turns)
+        packed = self._pack(checkpoint, made.model)
+        settings = to_json(made.settings, "settings")
+        name = drafts_table.name_of(head.session_id)
+        with self._file.writing() as conn:
+            if not conn.execute(
+                "select 1 from sessions where id = ?", (head.session_id,)
+            ).fetchone():
+                raise deleted(head.session)
+            start = replace(made, session=name, generation=0)
+            begun, written = self._begin(conn, start, settings, checkpoint, packed, turns)
+            told = head.session_id, begun.session_id
+            conn.execute("update sessions set draft_of = ? where id = ?", told)
+        self._committed(packed, made.model, written)
+        return begun
+
+    def discard_draft(self, head: Head) -> None:
+        """Forget the state that was on its way to this session's place, if there is one."""
+        with self._file.writing() as conn:
+            drafts_table.drop(conn, head.session_id)
+
+    def adopt(
+        self, head: Head, made: Head, checkpoint: Checkpoint, turns: Sequence[NewTurn]
+    ) -> Head:
+        """Put a state in place of the session's own, after `turns` that follow `made`.
+
+        One transaction: the new head, with `made`'s model and turns; the states that were kept, and
+        the draft, go. `made` as in `save_draft`. ConflictError if the session has moved on from
+        `head`, or the draft from `made`; UnknownSessionError if the session was deleted.
+        """
+        packed = self._pack(checkpoint, made.model)
+        now = _now()
+        with self._file.writing() as conn:
+            settings = _settings(conn, head)
+            if made.session_id != head.session_id:
+                _settings(conn, made)
+            conn.execute(
+                "update sessions set generation = ?, updated = ?, model = ? where id = ?",
+                (head.generation + 1, now, self._model_id(conn, made.model), head.session_id),
+            )
+            start = replace(head, model=made.model, turn=made.turn, turns=made.turns)
+            new, written = self._advance(conn, start, settings, checkpoint, packed, turns, now)
+            drafts_table.drop(conn, head.session_id)
+            for turn in checkpoints_table.collect(conn, head.session_id, head.generation):
+                words.remove(conn, *turn)
+            give_back_pages(conn)
+        self._committed(packed, made.model, written)
+        return new
 
     def delete(self, session: str) -> None:
         """Forget a session: its text, words and spans are overwritten in the file.
@@ -266,6 +353,7 @@ class MemoryStore:
             row = conn.execute(query, (session,)).fetchone()
             if row is None:
                 raise _unknown(session)
+            drafts_table.drop(conn, row[0])
             checkpoints_table.collect(conn, *row)
             conn.execute("delete from sessions where id = ?", row[:1])
             words.erase(conn)
@@ -276,9 +364,9 @@ class MemoryStore:
             (page,) = conn.execute("pragma page_size").fetchone()
             (free,) = conn.execute("pragma freelist_count").fetchone()
             sessions, turns, checkpoints, spans, size = conn.execute(
-                "select (select count(*) from sessions), (select count(*) from turns),"
-                " (select count(*) from checkpoints), (select count(*) from spans),"
-                " (select coalesce(sum(bytes), 0) from spans)"
+                "select (select count(*) from sessions where draft_of is null),"
+                " (select count(*) from turns), (select count(*) from checkpoints),"
+                " (select count(*) from spans), (select coalesce(sum(bytes), 0) from spans)"
             ).fetchone()
         wal = self.path.with_name(self.path.name + "-wal")
         wal_bytes = wal.stat().st_size if wal.exists() else 0
@@ -308,6 +396,25 @@ class MemoryStore:
     ) -> None:
         self.close()
 
+    def _sealed(self, conn: sqlite3.Connection, session: str, row: tuple[Any, ...]) -> Head:
+        """The head of a row of `_STANDING`, if its checkpoint is as it was written."""
+        identity, generation, settings, address, made_by, *saved = row
+        checkpoint, turn, turns, tokens, slots, size, entries, extra, mark = saved
+        if checkpoint is None or made_by is None:
+            raise _damaged(session, "its newest checkpoint is missing")
+        last_turn = ledger.turn_digest(conn, turn)
+        try:
+            model = ModelIdentity.model_validate_json(made_by)
+            known: dict[str, JsonValue] = json.loads(settings)
+        except ValueError:
+            raise _damaged(session, "its description cannot be read") from None
+        head = Head(session, identity, generation, checkpoint, turn, turns, tokens, model, known)
+        content = slots, size, entries, extra
+        found = checkpoints_table.seal(self._key, head, last_turn, settings, content)
+        if found != mark or model.address != address:
+            raise _damaged(session, "its newest checkpoint does not match its digest")
+        return head
+
     def _pack(self, checkpoint: Checkpoint, model: ModelIdentity) -> dict[Span, Packed]:
         return {e.span: self._spans.pack(e.span, model.address) for e in checkpoint.entries}
 
@@ -321,7 +428,7 @@ class MemoryStore:
         turns: Sequence[NewTurn],
     ) -> tuple[Head, int]:
         """The rows of a new session that begins at the turn of `start`."""
-        name = check_session_name(start.session)
+        name = start.session
         if conn.execute("select 1 from sessions where name = ?", (name,)).fetchone():
             raise ConflictError(
                 f"session {name!r} exists already: choose another name, or resume it"
@@ -379,14 +486,17 @@ class MemoryStore:
         self.bytes_written += written
 
     def _model_id(self, conn: sqlite3.Connection, model: ModelIdentity) -> int:
-        query = "select id from models where address = ?"
-        row: tuple[int] | None = conn.execute(query, (model.address,)).fetchone()
+        query = "select id, identity from models where address = ?"
+        row: tuple[int, str] | None = conn.execute(query, (model.address,)).fetchone()
+        told = model.model_dump_json()
         if row is None:
             row = conn.execute(
-                "insert into models (address, identity) values (?, ?) returning id",
-                (model.address, model.model_dump_json()),
+                "insert into models (address, identity) values (?, ?) returning id, identity",
+                (model.address, told),
             ).fetchone()
             assert row is not None
+        elif row[1] != told and row[1] == model.unnamed.model_dump_json():
+            conn.execute("update models set identity = ? where id = ?", (told, row[0]))
         return row[0]
 
     def _existing(self, session: str) -> Head:
@@ -435,6 +545,6 @@ def _unknown(session: str) -> UnknownSessionError:
 
 def _damaged(session: str, how: str) -> DamageError:
     return DamageError(
-        f"session {session!r} is damaged: {how}. Restore the store from a copy, or start a new "
-        "session and read the text of history() into it"
+        f"session {session!r} is damaged: {how}. Restore the store from a copy, or have its state "
+        "computed anew from its text, by Agent.rebuild or `still-agent sessions rebuild`"
     )

@@ -20,12 +20,9 @@ from rich.text import Text
 
 from still_agent.cli.options import (
     DEFAULT_STORE,
-    Compactor,
-    Horizon,
-    Model,
-    Schedule,
-    Slots,
+    Parts,
     StorePath,
+    with_parts,
 )
 
 if TYPE_CHECKING:
@@ -36,17 +33,12 @@ SHARES = (("pinned", "magenta"), ("memory", "cyan"), ("tail", "green"))
 HELP = "/read FILE takes a text in, /stats shows the figures, /quit or Ctrl-D ends"
 
 
+@with_parts
 def chat(
+    parts: Parts,
     session: Annotated[str, typer.Option("-s", "--session", help="Made or resumed.")] = "default",
     system: Annotated[str | None, typer.Option(help="The system prompt, pinned.")] = None,
     store: StorePath = DEFAULT_STORE,
-    model: Model = "reference",
-    compactor: Compactor = None,
-    slots: Slots = 1024,
-    schedule: Schedule = "rolling",
-    horizon: Horizon = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...")] = None,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Nucleus sampling.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Of the sampling.")] = None,
@@ -56,18 +48,13 @@ def chat(
     from still_memory.errors import ConflictError, StillError, UnknownSessionError
 
     console = Console(highlight=False)
-    with console.status("loading"):
-        from still_agent import Agent, Budget, Sampling
+    from still_agent import Sampling
 
-        agent = Agent.load(
-            model, store=store, compactor=compactor, device=device, dtype=dtype,
-            budget=Budget(slots=slots, schedule=schedule, horizon=horizon),
-            sampling=Sampling(
-                temperature=temperature, top_p=top_p, seed=seed, max_tokens=max_tokens
-            ),
-            on_compaction=lambda event: console.print(told(event), style="yellow"),
-        )  # fmt: skip
-    with agent:
+    with parts.load(
+        store,
+        sampling=Sampling(temperature=temperature, top_p=top_p, seed=seed, max_tokens=max_tokens),
+        on_compaction=lambda event: console.print(told(event), style="yellow"),
+    ) as agent:
         known = any(info.name == session for info in agent.sessions())
         talk = agent.session(session, system=system)
         if known:
@@ -77,7 +64,7 @@ def chat(
         for line in _lines(console):
             turns = talk.stats.turns
             try:
-                _obey(console, talk, line, slots)
+                _obey(console, talk, line, parts.slots)
             except (ConflictError, UnknownSessionError):
                 talk = agent.session(session, system=system)  # what the other writer left
                 console.print("another process has written or deleted this session: it is opened "

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
 
 from still_agent.evaluation.reader import ScheduleName
+
+if TYPE_CHECKING:
+    from still_agent.agent import Agent
 
 Model = Annotated[str, typer.Option(envvar="STILL_MODEL", help="reference, a folder, or a hub id.")]
 Compactor = Annotated[
@@ -16,7 +24,53 @@ Compactor = Annotated[
 Slots = Annotated[int, typer.Option(help="The budget: the most slots held.")]
 Schedule = Annotated[ScheduleName, typer.Option(help="Which spans are compacted, and when.")]
 Horizon = Annotated[int | None, typer.Option(help="For append: the tokens planned for.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, ...")]
 StorePath = Annotated[Path, typer.Option(envvar="STILL_STORE", help="The store's file.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 
 DEFAULT_STORE = Path("still.db")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What an agent is made of, as options."""
+
+    model: Model = "reference"
+    compactor: Compactor = None
+    slots: Slots = 1024
+    schedule: Schedule = "rolling"
+    horizon: Horizon = None
+    device: Device = None
+    dtype: Dtype = None
+
+    def load(self, store: Path, **more: Any) -> Agent:
+        """The agent. Raises what `Agent.load` raises; `more` goes to it."""
+        with Console(stderr=True).status("loading"):
+            from still_agent.agent import Agent
+            from still_agent.budget import Budget
+
+            return Agent.load(
+                self.model, store=store, compactor=self.compactor,
+                device=self.device, dtype=self.dtype,
+                budget=Budget(slots=self.slots, schedule=self.schedule, horizon=self.horizon),
+                **more,
+            )  # fmt: skip
+
+
+def with_parts(command: Callable[..., None]) -> Callable[..., None]:
+    """A command whose parameter `parts` is given by options, one for each field of `Parts`."""
+    parts = inspect.signature(Parts, eval_str=True).parameters
+    own = dict(inspect.signature(command, eval_str=True).parameters)
+    del own["parts"]
+
+    @wraps(command)
+    def run(**options: Any) -> None:
+        command(**{name: options[name] for name in own}, parts=Parts(**{
+            name: options[name] for name in parts
+        }))  # fmt: skip
+
+    told = [p.replace(kind=p.KEYWORD_ONLY) for p in (*own.values(), *parts.values())]
+    run.__signature__ = inspect.Signature(told)  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in told}
+    return run

@@ -17,23 +17,21 @@ from rich.text import Text
 from still_agent.cli.options import (
     DEFAULT_STORE,
     AsJson,
-    Compactor,
-    Horizon,
-    Model,
-    Schedule,
-    Slots,
+    Parts,
     StorePath,
+    with_parts,
 )
+from still_agent.cli.progress import reading
 
 if TYPE_CHECKING:
     from still_agent.agent import Agent
-    from still_agent.evaluation.reader import ScheduleName
     from still_agent.replay import Restored
     from still_memory.records import Head
     from still_memory.store import MemoryStore
 
 app = typer.Typer(
-    help="List, show, search, fork, rewind, export, import and delete the sessions of a store.",
+    help="List, show, search, fork, rewind, rebuild, export, import and delete the sessions of a "
+    "store.",
     no_args_is_help=True,
 )
 
@@ -128,17 +126,14 @@ def search(
 
 
 @app.command()
+@with_parts
 def fork(
+    parts: Parts,
     name: str,
     new: str,
     at: Annotated[int | None, typer.Option(help="The last turn to share (default: all).")] = None,
     store: StorePath = DEFAULT_STORE,
     replay: Replay = False,
-    model: Model = "reference",
-    compactor: Compactor = None,
-    slots: Slots = 1024,
-    schedule: Schedule = "rolling",
-    horizon: Horizon = None,
     as_json: AsJson = False,
 ) -> None:
     """Begin a session that shares another's turns up to one of them."""
@@ -148,22 +143,19 @@ def fork(
             memory.fork(kept[1], new, memory.load(kept[0]))
     restored = None
     if kept is None:
-        with _agent(store, model, compactor, slots, schedule, horizon) as agent:
-            restored = agent.session(name).fork(new, at).restored
+        with parts.load(store) as agent, reading(f"reading {name!r} again") as show:
+            restored = agent.session(name).fork(new, at, on_replay=show).restored
     _tell_branch(new, store, restored, as_json)
 
 
 @app.command()
+@with_parts
 def rewind(
+    parts: Parts,
     name: str,
     at: Annotated[int, typer.Argument(help="The last turn to keep, as `show` numbers them.")],
     store: StorePath = DEFAULT_STORE,
     replay: Replay = False,
-    model: Model = "reference",
-    compactor: Compactor = None,
-    slots: Slots = 1024,
-    schedule: Schedule = "rolling",
-    horizon: Horizon = None,
     as_json: AsJson = False,
 ) -> None:
     """Take a session back to where it stood after a turn."""
@@ -173,10 +165,26 @@ def rewind(
             memory.commit(kept[1], memory.load(kept[0]), [])
     restored = None
     if kept is None:
-        with _agent(store, model, compactor, slots, schedule, horizon) as agent:
+        with parts.load(store) as agent, reading(f"reading {name!r} again") as show:
             chat = agent.session(name)
-            chat.rewind(at)
+            chat.rewind(at, on_replay=show)
             restored = chat.restored
+    _tell_branch(name, store, restored, as_json)
+
+
+@app.command()
+@with_parts
+def rebuild(
+    parts: Parts, name: str, store: StorePath = DEFAULT_STORE, as_json: AsJson = False
+) -> None:
+    """Compute a session's memory anew from its text: for another model or budget, or if damaged.
+
+    The old memory stands until the new one does. Stopped, the same command goes on.
+    """
+    with closing(_existing(store)) as memory:
+        memory.ledger(name)  # before a model is loaded for it
+    with parts.load(store) as agent:
+        restored = _rebuilt(agent, name)
     _tell_branch(name, store, restored, as_json)
 
 
@@ -197,24 +205,41 @@ def export_session(
 
 
 @app.command("import")
+@with_parts
 def import_session(
+    parts: Parts,
     file: Path,
     name: Annotated[str | None, typer.Option(help="Another name than it has.")] = None,
     store: StorePath = DEFAULT_STORE,
+    replay: Annotated[
+        bool, typer.Option("--replay", help="Load a model, and read the turns again for it.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Take in a session from an exported file; the model that made it will resume it."""
+    """Take in a session from an exported file; the model that made it will resume it.
+
+    No model looks at the file unless --replay has one take in its turns: so its model goes by a
+    digest, and its token ids are checked when the session is first opened.
+    """
     from still_memory.portable import Portable
     from still_memory.store import MemoryStore
 
     found = Portable.read(file)  # before a store is made for it
     with MemoryStore(store) as memory:
         head = found.save(memory, name)
+    told = f"imported {head.session!r}: {head.turns:,} turns, {head.tokens:,} tokens"
+    if replay:
+        with parts.load(store) as agent:
+            restored = _rebuilt(agent, head.session)
+        return _tell_branch(head.session, store, restored, as_json)
     if as_json:
-        _print_json({"imported": head.session, "turns": head.turns, "tokens": head.tokens})
+        _print_json({
+            "imported": head.session, "turns": head.turns, "tokens": head.tokens, "verified": False
+        })  # fmt: skip
     else:
-        told = f"imported {head.session!r}: {head.turns:,} turns, {head.tokens:,} tokens"
-        Console().print(told, markup=False, highlight=False)
+        console = Console(highlight=False)
+        console.print(told, markup=False)
+        console.print("its model and token ids are checked when it is first opened", style="dim")
 
 
 @app.command()
@@ -266,33 +291,29 @@ def _head(memory: MemoryStore, name: str) -> Head:
     return head
 
 
-def _agent(
-    store: Path,
-    model: str,
-    compactor: str | None,
-    slots: int,
-    schedule: ScheduleName,
-    horizon: int | None,
-) -> Agent:
-    from still_agent.agent import Agent
-    from still_agent.budget import Budget
-
-    budget = Budget(slots=slots, schedule=schedule, horizon=horizon)
-    with Console(stderr=True).status("loading"):
-        return Agent.load(model, store=store, compactor=compactor, budget=budget)
+def _rebuilt(agent: Agent, name: str) -> Restored | None:
+    try:
+        with reading(f"rebuilding {name!r}") as show:
+            return agent.rebuild(name, on_progress=show).restored
+    except KeyboardInterrupt:
+        told = "stopped: the old memory stands, and the same command goes on from here"
+        Console(stderr=True).print(told, style="yellow")
+        raise typer.Exit(130) from None
 
 
 def _tell_branch(name: str, store: Path, restored: Restored | None, as_json: bool) -> None:
     with closing(_existing(store)) as memory:
         (info,) = (info for info in memory.sessions() if info.name == name)
     if as_json:
-        replayed = {} if restored is None else asdict(restored)
+        replayed = {}
+        if restored is not None:
+            replayed = {**asdict(restored), "faithful": restored.faithful}
         _print_json({"session": name, "turns": info.turns, "tokens": info.tokens, **replayed})
         return
     console = Console(highlight=False)
     console.print(f"{name!r} stands after turn {info.turns}", markup=False)
     if restored is not None:
-        told = "as logged" if restored.faithful else "not as logged: another model or budget?"
+        told = "as logged" if restored.faithful else f"other: {', '.join(restored.differs)}"
         console.print(f"{restored.replayed_tokens:,} tokens were read again, {told}")
 
 

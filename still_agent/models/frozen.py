@@ -16,6 +16,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from transformers import Qwen3ForCausalLM
 
 from still_agent.models import attention
 from still_agent.models.cache import LiveCache
+from still_agent.models.digests import kept
 from still_agent.models.placed import placed
 from still_agent.models.tokenizers import Tokenizer
 from still_memory.compactors.cache import Cache
@@ -48,10 +50,20 @@ LOOK = 512  # tokens of one forward pass of `look`, so that activations stay bou
 class FrozenModel:
     """A base model, its tokenizer and who they are.
 
+    files: what the model was loaded from and is unchanged since, so that the digest of its weights
+        need not be computed at each load (see `digests`). Without them it is hashed as it is.
+
     Raises InputError for a model whose cache cannot be kept exactly.
     """
 
-    def __init__(self, model: Qwen3ForCausalLM, tokenizer: Tokenizer, name: str) -> None:
+    def __init__(
+        self,
+        model: Qwen3ForCausalLM,
+        tokenizer: Tokenizer,
+        name: str,
+        *,
+        files: Sequence[Path] = (),
+    ) -> None:
         config = model.config
         _require_whole_attention(config.layer_types or ())
         _require_fixed_frequencies(model)
@@ -60,6 +72,7 @@ class FrozenModel:
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.name = name
+        self._files, self._changes = files, self._changed()
         self.layers: int = config.num_hidden_layers
         self.width: int = config.hidden_size
         self.heads: int = config.num_attention_heads
@@ -83,15 +96,21 @@ class FrozenModel:
 
     @cached_property
     def identity(self) -> ModelIdentity:
-        """Digests of all that shapes a cache. Reads every weight, once."""
+        """Digests of all that shapes a cache. Reads every weight, once for given files."""
+        files = self._files if self._changed() == self._changes else ()
+        about = f"{self.dtype} {self.model.config.tie_word_embeddings}"
         return ModelIdentity(
             name=self.name,
-            weights=weights_digest(self.model.state_dict()),
+            weights=kept(files, about, lambda: weights_digest(self.model.state_dict())),
             config=_config_digest(self.model),
             tokenizer=self.tokenizer.digest,
             template=self.tokenizer.template_digest,
             dtype=str(self.dtype).removeprefix("torch."),
         )
+
+    def _changed(self) -> list[tuple[int, int]]:
+        """Differs from what it was once a weight has been written to, or replaced."""
+        return [(id(p), p._version) for p in self.model.parameters()]
 
     @torch.no_grad()
     def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, Qwen3ForCausalLM
+from transformers.utils.hub import cached_file
 
 from still_agent.models.frozen import FrozenModel
 from still_agent.models.tokenizers import HubTokenizer, TiktokenTokenizer, Tokenizer
@@ -61,7 +62,7 @@ def load_model(
             f"{model.config.vocab_size}; use the tokenizer that the model was trained with"
         )
     model.to(device=where)
-    return FrozenModel(model, tokenizer, label)
+    return FrozenModel(model, tokenizer, label, files=_weights(source))
 
 
 def _source(name: str | Path) -> tuple[str | Path, str]:
@@ -79,6 +80,16 @@ def _source(name: str | Path) -> tuple[str | Path, str]:
     if isinstance(name, Path) or folder.is_absolute() or str(name).startswith((".", "~")):
         raise InputError(f"there is no folder {str(name)!r}; check the path")
     return name, str(name)
+
+
+def _weights(source: str | Path) -> list[Path]:
+    """The files that the weights came from, and that say how; none if that is not to be told."""
+    if not isinstance(source, Path):
+        try:
+            source = Path(str(cached_file(source, "config.json", local_files_only=True))).parent
+        except OSError:
+            return []
+    return [*source.glob("*.safetensors"), *source.glob("*.json")]
 
 
 def _device(device: str | torch.device | None) -> torch.device:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -417,6 +418,115 @@ def test_an_import_that_the_budget_cannot_hold_brings_nothing_in(
     assert small.sessions() == []
 
 
+@pytest.mark.parametrize("store", [None, "t.db"], ids=["memory", "file"])
+def test_what_a_rival_deletes_at_once_is_not_begun_anew(
+    make_agent: MakeAgent, tmp_path: Path, store: str | None
+) -> None:
+    """A fork and an import open the record that they made, and nothing else of that name."""
+    agent = make_agent(None if store is None else tmp_path / store)
+    chat = agent.session("x")
+    states = talk(chat, 1)
+    agent.export("x", tmp_path / "x.still")
+    kept = agent.store
+
+    def rival(verb: str) -> Any:
+        made = getattr(kept, verb)
+
+        def then_deleted(*arguments: Any, **options: Any) -> Any:
+            head = made(*arguments, **options)
+            kept.delete(head.session)
+            return head
+
+        return then_deleted
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kept, "fork", rival("fork"))
+        patch.setattr(kept, "create", rival("create"))
+        for act in (
+            lambda: chat.fork("y"),
+            lambda: agent.import_session(tmp_path / "x.still", "z"),
+        ):
+            with pytest.raises(UnknownSessionError, match="was deleted"):
+                act()
+    assert [info.name for info in agent.sessions()] == ["x"] and state_of(chat) == states[-1]
+
+
+def test_one_model_under_two_names_is_one_model(make_agent: MakeAgent, tmp_path: Path) -> None:
+    agent = make_agent(tmp_path / "s.db")
+    talk(agent.session("x"), 1)
+    again = make_agent(tmp_path / "s.db")
+    again.model = copy(again.model)
+    again.model.identity = again.model.identity.model_copy(update={"name": "alias"})
+    chat = again.session("y")
+    talk(chat, 2)
+    chat.rewind(2)
+    assert {info.model for info in again.sessions()} == {agent.model.name}
+
+
+# -- imported where no model was --------------------------------------------------------------
+
+
+def lie(path: Path, **what: Any) -> Path:
+    """The file with something else in it."""
+    found = Portable.read(path)
+    path = path.with_name("lie.still")
+    replace(found, **what).write(path)
+    return path
+
+
+def test_a_file_cannot_name_its_model(
+    make_agent: MakeAgent, tiny: FrozenModel, tmp_path: Path
+) -> None:
+    agent = make_agent(tmp_path / "s.db")
+    state = talk(agent.session("x"), 2)[-1]
+    agent.export("x", tmp_path / "x.still")
+    named = tiny.identity.model_copy(update={"name": "GPT-9"})
+    path = lie(tmp_path / "x.still", model=named)
+    with MemoryStore(tmp_path / "t.db") as store:  # as the command line does it
+        Portable.read(path).save(store)
+        (info,) = store.sessions()
+        assert info.model == f"unverified {tiny.identity.address[:12]}"
+    there = make_agent(tmp_path / "t.db")
+    chat = there.session("x")
+    assert state_of(chat) == state and chat.send("Hello.", max_tokens=2).text is not None
+    assert {info.model for info in there.sessions()} == {tiny.name}
+    there.store.delete("x")
+    Portable.read(path).save(there.store)
+    assert {info.model for info in there.sessions()} == {tiny.name}  # by now it is known
+    there.import_session(path, "y")
+    assert {info.model for info in there.sessions()} == {tiny.name}
+
+
+@pytest.mark.parametrize("where", ["ledger", "span"])
+def test_token_ids_that_nobody_has_looked_at_are_checked_when_first_used(
+    make_agent: MakeAgent, tmp_path: Path, where: str
+) -> None:
+    agent = make_agent(tmp_path / "s.db")
+    talk(agent.session("x"), 2)
+    agent.export("x", tmp_path / "x.still")
+    found = Portable.read(tmp_path / "x.still")
+    if where == "ledger":
+        turns = [replace(found.turns[0], tokens=[4096]), *found.turns[1:]]
+        path = lie(tmp_path / "x.still", turns=turns)
+    else:
+        *rest, last = found.checkpoint.entries
+        span = replace(last.span, ids=(4096,) * last.span.tokens)
+        entries = (*rest, replace(last, span=span))
+        path = lie(tmp_path / "x.still", checkpoint=replace(found.checkpoint, entries=entries))
+    there = make_agent(tmp_path / "t.db")
+    Portable.read(path).save(there.store)
+    Portable.read(tmp_path / "x.still").save(there.store, "honest")
+    head = there.store.head("x")
+    assert head is not None
+    there.store.fork(head, "y", there.store.load(head))  # a fork is no way around
+    for name in ("x", "y", "x"):
+        with pytest.raises(DamageError, match="token ids that 'tiny"):
+            there.session(name)
+    assert there.session("honest").stats.turns == 4
+    with pytest.raises(DamageError, match="token ids"):
+        there.import_session(path, "z")
+
+
 # -- against a plain model --------------------------------------------------------------------
 
 NAMES = st.sampled_from(["a", "b", "c", "d"])
@@ -479,6 +589,12 @@ class Conversations(RuleBasedStateMachine):
         else:
             chat.fork(new, at)
             self.said[new] = self.said[name][:at]
+
+    @precondition(lambda self: self.said)
+    @rule(data=st.data())
+    def rebuild(self, data: st.DataObject) -> None:
+        chat = self.agent.rebuild(data.draw(st.sampled_from(sorted(self.said))))
+        assert chat.restored is not None and chat.restored.faithful
 
     @precondition(lambda self: self.said)
     @rule(data=st.data())
@@ -547,3 +663,17 @@ def test_the_ephemeral_store_forks_and_rewinds_too(make_agent: MakeAgent) -> Non
     with pytest.raises(UnknownSessionError):
         chat.send("Hello.")
     assert state_of(fork) == states[2]
+
+
+def test_a_record_that_its_reader_changes_changes_nothing(make_agent: MakeAgent) -> None:
+    agent = make_agent(EphemeralStore())
+    chat = agent.session("x")
+    chat.read(PROSE * 12)
+    fork, before = chat.fork("y"), chat.history()
+    for turn in chat.history():
+        turn.tokens.append(7)
+        turn.usage["steps"] = turn.usage.pop("steps", [])[:0]  # type: ignore[index]
+    fork.history()[0].usage["steps"][0].append(7)  # type: ignore[index,union-attr]
+    assert chat.history() == fork.history() == before and before[0].usage["steps"]
+    chat.rewind(0)
+    assert fork.history() == before

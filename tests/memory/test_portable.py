@@ -97,7 +97,8 @@ def test_a_session_travels_bit_for_bit(
     filled: MemoryStore, file: Path, elsewhere: MemoryStore, same: Same, state: Checkpoint,
     tmp_path: Path,
 ) -> None:  # fmt: skip
-    head = Portable.read(file).save(elsewhere)
+    found = Portable.read(file)
+    head = found.save(elsewhere, model=found.model)
     assert elsewhere.head("ålice") == head and same(elsewhere.load(head), state)
     assert head.settings == {"system": "Be brief."} and (head.turns, head.tokens) == (2, 30)
 
@@ -116,7 +117,7 @@ def test_a_name_that_is_taken_needs_another(file: Path, filled: MemoryStore, sam
     with pytest.raises(ConflictError, match="choose another name"):
         found.save(filled)
     spans = filled.stats().spans
-    head = found.save(filled, "bob")
+    head = found.save(filled, "bob", found.model)
     assert same(filled.load(head), found.checkpoint)
     assert filled.stats().spans == spans  # they have the address that they had
 
