@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from still_agent.evaluation.bench import Bench
 from still_agent.evaluation.dialogues import Prose
@@ -50,13 +51,24 @@ def spans_of(cache: Cache, ids: Tensor) -> list[Span]:
 
 
 def stacked(spans: list[Span]) -> Cache:
-    rows = [Cache.of(span) for span in spans]
+    """A batch of them. Those that take fewer positions than others end with empty slots."""
+    longest = max(map(len, spans))
+    rows = [padded(Cache.of(span), longest) for span in spans]
     keys, values = (
         [torch.cat(layer) for layer in zip(*(getattr(r, name) for r in rows), strict=True)]
         for name in ("keys", "values")
     )
     per_slot = (torch.cat([getattr(r, n) for r in rows], dim=1) for n in PER_SLOT)
     return Cache(keys, values, *per_slot)
+
+
+def padded(cache: Cache, slots: int) -> Cache:
+    room = slots - cache.slots
+    kv = ([pad(x, (0, 0, 0, room)) for x in side] for side in (cache.keys, cache.values))
+    rest = (pad(getattr(cache, n), (0, room)) for n in PER_SLOT)
+    both = Cache(*kv, *rest)
+    both.bias[..., cache.slots :] = -torch.inf
+    return both
 
 
 @torch.no_grad()
