@@ -9,7 +9,6 @@ from contextlib import closing
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from itertools import islice
 from typing import Protocol
 
 import torch
@@ -146,7 +145,7 @@ class EphemeralStore:
             conn.executemany("insert into turns values (?, ?)", [(t.id, t.text) for t in turns])
             conn.execute(words.SCHEMA)
             words.erase(conn)
-            found = islice(words.find(conn, query, [t.id for t in turns]), limit)
+            found = words.find(conn, query, [t.id for t in turns], limit)
             return [
                 Match(number, turns[number - 1].role, turns[number - 1].created, excerpt)
                 for number, _, excerpt in found

@@ -13,6 +13,7 @@ from pydantic import BeforeValidator, Field
 from torch import Tensor
 
 from still_agent.settings import Settings
+from still_memory.errors import DamageError
 
 _LARGEST_SEED = 2**63 - 1
 
@@ -57,7 +58,12 @@ class Sampler:
             self._random.manual_seed(sampling.seed)
 
     def __call__(self, logits: Tensor) -> int:
-        """The next token, given its logits `(vocab,)`."""
+        """The next token, given its logits `(vocab,)`. DamageError where they are no numbers."""
+        if not (logits < torch.inf).all():  # the likeliest of them would be an answer from nothing
+            raise DamageError(
+                "the model computes no numbers from this state: rewind the session to an earlier "
+                "turn, or begin a new one; if that does not help, load the model in float32"
+            )
         if self._sampling.temperature == 0.0:
             return int(logits.argmax())
         chances = (logits.float().cpu() / self._sampling.temperature).softmax(-1)

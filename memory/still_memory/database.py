@@ -26,10 +26,10 @@ FREE_PAGES = 64  # kept for the next turns: fewer are not worth moving pages for
 VACUUM_PAGES = 32  # given back at most, for each transaction: 2 MiB
 _SMALLEST = 512  # bytes of a SQLite file
 
-# A damaged schema makes sqlite3 raise messages that it cannot decode, and lacks columns that
-# sqlite-utils looks for.
+# A damaged schema makes sqlite3 raise messages that it cannot decode, lacks columns that
+# sqlite-utils looks for, and has values of other types in them.
 _FAULTS = (sqlite3.Error, UnicodeDecodeError)
-_FAULTS_OF_A_SCHEMA = (*_FAULTS, LookupError)
+_FAULTS_OF_A_SCHEMA = (*_FAULTS, LookupError, TypeError, ValueError)
 
 # Connections inherited through a fork. SQLite forbids even closing them, so they are kept.
 _inherited: list[sqlite3.Connection] = []

@@ -57,9 +57,9 @@ def turn_digest(conn: sqlite3.Connection, turn: int | None) -> bytes:
     if turn is None:
         return b""
     row = conn.execute("select digest from turns where id = ?", (turn,)).fetchone()
-    if row is None:
+    if row is None or type(row[0]) is not bytes:
         raise DamageError(f"the store lacks turn {turn}; restore it from a copy")
-    return bytes(row[0])
+    return row[0]
 
 
 def read(conn: sqlite3.Connection, key: bytes, last: int | None) -> list[TurnRecord]:
@@ -106,11 +106,14 @@ def way(conn: sqlite3.Connection, last: int | None) -> set[int]:
 
 def read_one(conn: sqlite3.Connection, key: bytes, turn: int, number: int) -> TurnRecord:
     """A turn, checked against its digest and that of the one before it."""
-    parent, above, stored, *rest = conn.execute(
+    row = conn.execute(
         "select t.parent, p.digest, t.digest, t.role, t.created, t.usage, t.tokens, t.text"
         " from turns t left join turns p on p.id = t.parent where t.id = ?",
         (turn,),
     ).fetchone()
+    if row is None:
+        raise DamageError(f"the store lacks turn {turn}; restore it from a copy")
+    parent, above, stored, *rest = row
     if digest(key, b"still turn", above or b"", *rest) != stored:
         raise DamageError(f"turn {turn} is damaged; restore the store from a copy")
     return _record(number, turn, parent, *rest)

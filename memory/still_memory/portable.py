@@ -321,6 +321,11 @@ def _span(told: _Span, frames: _Frames) -> Span:
     span = Span(told.start, told.end, layers, told.rotated_at, told.rounds, told.compactor, ids)
     if why := fault(span):
         raise ValueError(why)
+    for slots in layers:
+        # what is no number would spread; of a bias, minus infinity marks an empty slot
+        finite = all(t.isfinite().all() for t in (slots.keys, slots.values, slots.positions))
+        if not finite or (slots.bias is not None and not (slots.bias < torch.inf).all()):
+            raise ValueError("slots that are no numbers")
     return span
 
 

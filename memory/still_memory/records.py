@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -120,6 +121,13 @@ def check_session_name(name: str) -> str:
             f"a session name has 1 to {MAX_SESSION_NAME} characters, and this one has {len(name)}"
         )
     return name
+
+
+def check_limit(limit: int) -> int:
+    """A number of results."""
+    if type(limit) is not int or limit < 0:
+        raise InputError(f"a limit is a number of results from 0 on, not {limit!r}")
+    return min(limit, sys.maxsize)
 
 
 def to_json(value: object, what: str) -> str:

@@ -15,7 +15,6 @@ import sqlite3
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
-from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -58,6 +57,9 @@ _STANDING = (
 class MemoryStore:
     """Conversations in one file, safe with several threads and processes.
 
+    `synchronous`: with FULL, a turn is on disk when its commit returns. With NORMAL the disk is
+    not waited for, so a power cut may take the newest turns (never a part of one, and never one
+    that the end of a process alone would take); it is faster where syncs are slow.
     `keep_checkpoints` newest checkpoints of each session are kept. `bytes_written` counts what
     this object has put into rows: tensors, text, token ids, checkpoints. Every method may
     raise StoreError.
@@ -79,7 +81,7 @@ class MemoryStore:
         try:
             with self._file.reading() as conn:
                 row = conn.execute("select value from meta where name = 'key'").fetchone()
-            if row is None or len(row[0]) != 32:
+            if row is None or type(row[0]) is not bytes or len(row[0]) != 32:
                 raise DamageError(f"the store {path} has lost its key; restore it from a copy")
         except BaseException:
             self._file.close()
@@ -157,7 +159,16 @@ class MemoryStore:
             row = conn.execute(
                 f"{_STANDING} and c.generation = s.generation where s.name = ?", (session,)
             ).fetchone()
-            return None if row is None else self._sealed(conn, session, row)
+            if row is None:
+                _require_absent(conn, session)
+                return None
+            head = self._sealed(conn, session, row)
+            query = "select max(generation) from checkpoints where session = ?"
+            (newest,) = conn.execute(query, (head.session_id,)).fetchone()
+            # an older one is sealed too, so its seal does not tell that turns are left out
+            if head.generation != newest:
+                raise _damaged(session, "its newest checkpoint is missing")
+            return head
 
     def ledger(self, session: str) -> Head:
         """Where the session's turns end, also if its state is damaged.
@@ -252,7 +263,7 @@ class MemoryStore:
             _require_turn(conn, head)
             way = sorted(ledger.way(conn, head.turn))
             matches = []
-            for number, turn, excerpt in islice(words.find(conn, query, way), limit):
+            for number, turn, excerpt in words.find(conn, query, way, limit):
                 record = ledger.read_one(conn, self._key, turn, number)
                 matches.append(Match(number, record.role, record.created, excerpt))
         return matches
@@ -268,10 +279,16 @@ class MemoryStore:
                 " order by s.updated desc, s.id desc"
             ).fetchall()
         read = datetime.fromisoformat
-        return [
-            SessionInfo(name, turns, tokens, slots, size, read(created), read(updated), model)
-            for name, turns, tokens, slots, size, created, updated, model in rows
-        ]
+        try:
+            return [
+                SessionInfo(name, turns, tokens, slots, size, read(created), read(updated), model)
+                for name, turns, tokens, slots, size, created, updated, model in rows
+            ]
+        except (ValueError, TypeError):
+            raise DamageError(
+                f"the list of sessions in {self.path} is damaged: a date in it is none. Sessions "
+                "still open by their names; restore the store from a copy"
+            ) from None
 
     def draft(self, head: Head) -> Head | None:
         """How far the state has come that is to take this session's place, if one is on its way."""
@@ -406,7 +423,7 @@ class MemoryStore:
         try:
             model = ModelIdentity.model_validate_json(made_by)
             known: dict[str, JsonValue] = json.loads(settings)
-        except ValueError:
+        except (ValueError, TypeError):  # a damaged row may hold values of any type
             raise _damaged(session, "its description cannot be read") from None
         head = Head(session, identity, generation, checkpoint, turn, turns, tokens, model, known)
         content = slots, size, entries, extra
@@ -504,6 +521,16 @@ class MemoryStore:
         if head is None:
             raise _unknown(session)
         return head
+
+
+def _require_absent(conn: sqlite3.Connection, session: str) -> None:
+    """DamageError for a session that is there, and that the index of names has lost.
+
+    Else a damaged byte would begin a conversation anew that has months behind it.
+    """
+    query = "select 1 from sessions not indexed where name = ?"
+    if conn.execute(query, (session,)).fetchone() is not None:
+        raise _damaged(session, "the index of names has lost it")
 
 
 def _now() -> str:

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import sqlite3
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
-from still_memory.errors import InputError
-from still_memory.records import check_text
+from still_memory.errors import DamageError, InputError
+from still_memory.records import check_limit, check_text
 
 # No sizes of columns: they are for ranking, and matches come newest first. Case and accents
 # do not count. Words of a script without spaces are whole runs of it.
@@ -45,24 +45,32 @@ def erase(conn: sqlite3.Connection) -> None:
 
 
 def find(
-    conn: sqlite3.Connection, query: str, way: Sequence[int]
-) -> Iterator[tuple[int, int, str]]:
-    """Turns among the ascending ids `way` that hold all words of `query`, newest first.
+    conn: sqlite3.Connection, query: str, way: Sequence[int], limit: int
+) -> list[tuple[int, int, str]]:
+    """The newest `limit` turns among the ascending ids `way` that hold all words of `query`.
 
     Number (1 for the first of `way`), id, and the words with those around them. InputError for
-    a query without a word, or with too many.
+    a query without a word or with too many, and for a limit below 0.
     """
-    wanted = _expression(query)
+    wanted, most = _expression(query), check_limit(limit)
     found = "select rowid from turn_words where turn_words match ? order by rowid desc"
     shown = (
         f"select snippet(turn_words, 0, '', '', '…', {EXCERPT}) from turn_words"
         " where turn_words match ? and rowid = ?"
     )
+    matches: list[tuple[int, int, str]] = []
     for (turn,) in conn.execute(found, (wanted,)):
+        if len(matches) == most:
+            break
         at = bisect_left(way, turn)
         if at < len(way) and way[at] == turn:
-            (excerpt,) = conn.execute(shown, (wanted, turn)).fetchone()
-            yield at + 1, turn, " ".join(excerpt.split())
+            row = conn.execute(shown, (wanted, turn)).fetchone()
+            if row is None or row[0] is None:
+                raise DamageError(
+                    f"the index of words is damaged at turn {turn}; restore the store from a copy"
+                )
+            matches.append((at + 1, turn, " ".join(row[0].split())))
+    return matches
 
 
 def _expression(query: str) -> str:
