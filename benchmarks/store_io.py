@@ -6,7 +6,8 @@ checked and decoded. The store does all that it does for a turn: the commit is s
 (`synchronous=FULL`), older checkpoints are collected, and now and then the log goes into the
 file. Both take turns, in one process, on one disk. Reported, for each size: medians, and the
 plain file's time over the store's (1 is as fast; the goal is 0.7). The mean counts the saves
-that move the log too.
+that move the log too; processor times are what other work on the machine does not change. The
+opening of the store is not in it: store_scale.py has that.
 
     python benchmarks/store_io.py --megabytes 1 4 16
 """
@@ -80,30 +81,37 @@ def read_plainly(path: Path) -> list[Slots]:
 
 def compare(folder: Path, megabytes: float, repeats: int) -> dict[str, float]:
     tokens = max(1, int(megabytes * 1e6 / BYTES_A_TOKEN))
-    seconds: dict[str, list[float]] = {n: [] for n in ("save", "file", "resume", "read")}
+    names = ("save", "file", "resume", "read")
+    seconds: dict[str, list[float]] = {n: [] for n in names}
+    computed: dict[str, list[float]] = {n: [] for n in names}
     path, plain = folder / f"{megabytes}.db", folder / f"{megabytes}.plain"
 
-    def timed(name: str, began: float) -> None:
-        seconds[name].append(time.perf_counter() - began)
+    def now() -> tuple[float, float]:
+        return time.perf_counter(), time.process_time()
+
+    def timed(name: str, began: tuple[float, float]) -> None:
+        ended = now()
+        seconds[name].append(ended[0] - began[0])
+        computed[name].append(ended[1] - began[1])
 
     store = MemoryStore(path)
     head = store.create("x", MODEL, checkpoint=tail_of([raw_span(0, 1, 0)]), turns=[], settings={})
     for n in range(repeats + 1):
         span = raw_span(0, tokens, n)
-        began = time.perf_counter()
+        began = now()
         head = store.commit(head, tail_of([span]), [NewTurn("user", "hello", [1])])
         timed("save", began)
-        began = time.perf_counter()
+        began = now()
         save_plainly(span, plain)
         timed("file", began)
-        began = time.perf_counter()
         other = MemoryStore(path)  # which knows nothing of it yet
+        began = now()
         found = other.head("x")
         assert found is not None
         (entry,) = other.load(found).entries
         timed("resume", began)
         other.close()
-        began = time.perf_counter()
+        began = now()
         layers = read_plainly(plain)
         timed("read", began)
         assert torch.equal(layers[0].keys, entry.span.layers[0].keys)
@@ -111,6 +119,7 @@ def compare(folder: Path, megabytes: float, repeats: int) -> dict[str, float]:
     warm = {name: taken[1:] for name, taken in seconds.items()}  # the first makes the files
     size = sum(len(encode(slots)) for slots in span.layers)
     median = {name: statistics.median(taken) for name, taken in warm.items()}
+    cpu = {name: statistics.median(taken[1:]) for name, taken in computed.items()}
     return {
         "bytes": size,
         **{f"{name}_ms": 1e3 * median[name] for name in median},
@@ -119,6 +128,8 @@ def compare(folder: Path, megabytes: float, repeats: int) -> dict[str, float]:
         "save_ratio": median["file"] / median["save"],
         "save_ratio_of_means": sum(warm["file"]) / sum(warm["save"]),
         "resume_ratio": median["read"] / median["resume"],
+        "resume_ratio_of_processor_times": cpu["read"] / cpu["resume"],
+        "save_ratio_of_processor_times": cpu["file"] / cpu["save"],
     }
 
 
@@ -139,7 +150,9 @@ def main() -> None:
             f"{row['bytes'] / 1e6:6.1f} MB: save {row['save_ms']:7.1f} ms, file "
             f"{row['file_ms']:7.1f} ms, ratio {row['save_ratio']:.2f} (of means "
             f"{row['save_ratio_of_means']:.2f}); resume {row['resume_ms']:6.1f} ms, file "
-            f"{row['read_ms']:6.1f} ms, ratio {row['resume_ratio']:.2f}"
+            f"{row['read_ms']:6.1f} ms, ratio {row['resume_ratio']:.2f}; of processor times "
+            f"{row['save_ratio_of_processor_times']:.2f}, "
+            f"{row['resume_ratio_of_processor_times']:.2f}"
         )
 
 
