@@ -29,7 +29,9 @@ from still_memory.checkpoint import Checkpoint
 from still_memory.compactors.base import Compactor
 from still_memory.errors import ConflictError, DamageError, InputError
 from still_memory.portable import UNVERIFIED, Portable
+from still_memory.prune import Pruned
 from still_memory.records import Head, NewTurn, SessionInfo, TurnRecord
+from still_memory.retention import Retention
 from still_memory.store import MemoryStore
 
 
@@ -170,6 +172,23 @@ class Agent:
             chat.refresh()
         chat.restored = restored
         return chat
+
+    def prune(self, retention: Retention, *, dry_run: bool = False) -> Pruned:
+        """Take out of the store what `retention` does not let stay; see `MemoryStore.prune`.
+
+        Whoever holds a session that goes is told as after `delete`. InputError for an agent
+        without a store's file.
+        """
+        if not isinstance(self.store, MemoryStore):
+            raise InputError("there is no file to prune: load the agent with store='memory.db'")
+        pruned = self.store.prune(retention, dry_run=dry_run)
+        for drop in pruned.drops:
+            if drop.whole and not dry_run:
+                with self._lock:
+                    session = self._sessions.pop(drop.session_id, None)
+                if session is not None:
+                    session.forget()
+        return pruned
 
     def export(self, id: str, path: str | Path) -> None:
         """Write a conversation as one new file, which `import_session` reads anywhere.

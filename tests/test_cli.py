@@ -280,6 +280,10 @@ def test_a_store_can_be_named_by_the_environment(store: Path) -> None:
         ("sessions", "rebuild", "nobody", "--store", "no-such.db"),
         ("sessions", "export", "nobody", "no.still"),
         ("sessions", "import", "no-such.still"),
+        ("store", "check", "--store", "no-such.db"),
+        ("store", "reindex", "--store", "no-such.db"),
+        ("store", "prune", "--older-than", "soon"),
+        ("store", "prune", "--max-bytes", "2 pounds"),
         ("demo", "--facts", "many"),
         ("chat", "--slots", "3"),
     ],
@@ -303,3 +307,60 @@ def test_looking_into_a_store_does_not_make_one(tmp_path: Path) -> None:
     done = still_agent("sessions", "list", "--store", str(tmp_path / "new.db"))
     assert done.returncode == 1 and done.stderr.startswith("error: there is no store")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_store_is_checked_and_damage_is_told_with_status_1(store: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy.db"
+    copy.write_bytes(store.read_bytes())
+    at = ["store", "check", "--store", str(copy)]
+    sound = CliRunner().invoke(app, at)
+    assert sound.exit_code == 0 and sound.stdout.strip().endswith("no damage"), sound.output
+    with sqlite3.connect(copy) as conn:
+        conn.execute("update span_layers set data = x'00' where id = 1")
+        conn.execute("delete from turn_words where rowid = 1")
+    conn.close()
+    told = CliRunner().invoke(app, at)
+    assert told.exit_code == 1 and re.search(r"^span \w+ \(row 1\): its size", told.stdout)
+    assert "['ålice']" in told.stdout and "What to do: restore" in told.stdout
+    done = CliRunner().invoke(app, [*at, "--json"])
+    report = json.loads(done.stdout)
+    assert done.exit_code == 1 and report["damaged"] and "ålice" in report["unharmed"]
+    span, words = report["findings"]
+    assert (span["kind"], span["sessions"], span["row"]) == ("span", ["ålice"], 1)
+    assert words["kind"] == "words" and "store reindex" in words["remedy"]
+    assert CliRunner().invoke(app, ["store", "reindex", *at[2:]]).exit_code == 0
+    report = json.loads(CliRunner().invoke(app, [*at, "--json"]).stdout)
+    assert [f["kind"] for f in report["findings"]] == ["span"]
+
+
+def test_a_store_is_measured_and_pruned(store: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy.db"
+    copy.write_bytes(store.read_bytes())
+    at = ["--store", str(copy)]
+
+    def run(*arguments: str, stdin: str = "") -> Result:
+        return CliRunner().invoke(app, ["store", *arguments, *at], input=stdin)
+
+    space = json.loads(run("stats", "--json").stdout)
+    assert space["sessions"][0]["name"] == "ålice" and space["gives_back"]
+    assert f"{space['span_bytes']:,}" in run("stats").stdout
+    kept = run("prune", "--keep-last", "1", "--json")
+    assert json.loads(kept.stdout)["drops"][0]["checkpoints"] == 1, kept.output
+    assert json.loads(run("stats", "--json").stdout)["checkpoints"] == 1
+    fork = ["sessions", "fork", "ålice", "bob", *at]
+    assert CliRunner().invoke(app, fork).exit_code == 0
+    with sqlite3.connect(copy) as conn:
+        conn.execute("update sessions set updated = '2020-01-01T00:00:00+00:00' where name='bob'")
+    conn.close()
+
+    def names() -> list[str]:
+        listed = CliRunner().invoke(app, ["sessions", "list", "--json", *at]).stdout
+        return [s["name"] for s in json.loads(listed)]
+
+    told = run("prune", "--older-than", "30d", "--dry-run")
+    assert "session 'bob'" in told.stdout and "would go" in told.stdout
+    assert run("prune", "--older-than", "30d", stdin="n\n").exit_code == 1
+    assert sorted(names()) == ["bob", "ålice"]
+    assert run("prune", "--older-than", "30d", "--yes").exit_code == 0 and names() == ["ålice"]
+    assert run("prune", "--max-bytes", "1kB", "--yes").exit_code == 0 and names() == ["ålice"]
+    assert "no damage" in run("check").stdout

@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from still_memory.check import check_store
     from still_memory.checkpoint import Checkpoint, Entry
     from still_memory.compactors.base import Compactor
     from still_memory.errors import (
@@ -23,9 +24,13 @@ if TYPE_CHECKING:
         StoreError,
         UnknownSessionError,
     )
+    from still_memory.findings import Finding, Report
     from still_memory.identity import CompactorIdentity, ModelIdentity
     from still_memory.portable import Portable
+    from still_memory.prune import Pruned
     from still_memory.records import Head, Match, NewTurn, SessionInfo, StoreStats, TurnRecord
+    from still_memory.retention import Retention
+    from still_memory.space import Space
     from still_memory.span import Slots, Span
     from still_memory.store import MemoryStore
 
@@ -38,6 +43,7 @@ __all__ = [
     "ConflictError",
     "DamageError",
     "Entry",
+    "Finding",
     "Head",
     "IdentityError",
     "InputError",
@@ -46,22 +52,32 @@ __all__ = [
     "ModelIdentity",
     "NewTurn",
     "Portable",
+    "Pruned",
+    "Report",
+    "Retention",
     "SessionInfo",
     "Slots",
+    "Space",
     "Span",
     "StillError",
     "StoreError",
     "StoreStats",
     "TurnRecord",
     "UnknownSessionError",
+    "check_store",
 ]
 
 _HOMES = {
+    "check": ("check_store",),
     "checkpoint": ("Checkpoint", "Entry"),
     "compactors.base": ("Compactor",),
+    "findings": ("Finding", "Report"),
     "identity": ("CompactorIdentity", "ModelIdentity"),
     "portable": ("Portable",),
+    "prune": ("Pruned",),
     "records": ("Head", "Match", "NewTurn", "SessionInfo", "StoreStats", "TurnRecord"),
+    "retention": ("Retention",),
+    "space": ("Space",),
     "span": ("Slots", "Span"),
     "store": ("MemoryStore",),
 }

@@ -95,12 +95,19 @@ class StoreFile:
         The log is emptied too, unless another process is reading just then.
         """
         with self.connection() as conn:
+            with self.overwriting():
+                yield conn
+            conn.executescript("pragma incremental_vacuum")
+            conn.execute("pragma wal_checkpoint(truncate)").fetchall()
+
+    @contextmanager
+    def overwriting(self) -> Iterator[sqlite3.Connection]:
+        """A writing transaction that overwrites what it deletes, where it stood in the file."""
+        with self.connection() as conn:
             conn.execute("pragma secure_delete = on")
             try:
                 with self.writing():
                     yield conn
-                conn.executescript("pragma incremental_vacuum")
-                conn.execute("pragma wal_checkpoint(truncate)").fetchall()
             finally:
                 conn.execute("pragma secure_delete = fast")
 

@@ -119,10 +119,15 @@ def read_one(conn: sqlite3.Connection, key: bytes, turn: int, number: int) -> Tu
     return _record(number, turn, parent, *rest)
 
 
-def drop(conn: sqlite3.Connection, last: int | None) -> list[tuple[int, str]]:
-    """Delete the turns that lead to `last` and to nothing else; their ids and texts."""
+def drop(
+    conn: sqlite3.Connection, last: int | None, most: int | None = None
+) -> list[tuple[int, str]]:
+    """Delete the turns that lead to `last` and to nothing else; their ids and texts.
+
+    With `most` no more than so many, the last ones.
+    """
     dropped: list[tuple[int, str]] = []
-    while last is not None:
+    while last is not None and (most is None or len(dropped) < most):
         row = conn.execute(
             "delete from turns where id = ?1"
             " and not exists (select 1 from turns child where child.parent = ?1)"

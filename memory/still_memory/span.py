@@ -60,7 +60,7 @@ class Span:
     @property
     def slots(self) -> int:
         """Slots held in the mean layer, rounded up: what it takes of a budget."""
-        return -(-sum(len(s) for s in self.layers) // len(self.layers))
+        return -(-sum(len(s) for s in self.layers) // max(len(self.layers), 1))
 
     @property
     def tokens(self) -> int:

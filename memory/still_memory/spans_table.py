@@ -9,7 +9,7 @@ again.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
@@ -19,12 +19,13 @@ from still_memory.codec import EXACT, decode, encode
 from still_memory.errors import DamageError, InputError, StoreError
 from still_memory.ledger import digest
 from still_memory.records import pack_ids, unpack_ids
-from still_memory.span import Span
+from still_memory.span import Slots, Span
 
 MAX_LAYERS = 1024
 
 # start, end, rotated_at, rounds, compactor, ids
 _Meta = tuple[int, int, int | None, int, str | None, bytes | None]
+_Stored = tuple[int, int, bytes, int]  # of a layer: row, number, digest, bytes
 
 
 @dataclass(frozen=True)
@@ -107,13 +108,41 @@ class SpansTable:
         device: torch.device | str,
     ) -> Span:
         """The span at `address`, every byte of it checked before it is used."""
+        try:
+            meta, stored = self._described(conn, address, model)
+            slots = tuple(self._layer(conn, address, row, device) for row in stored)
+            span = _span(meta, slots)
+        except ValueError as error:
+            raise _damaged(address, str(error)) from None
+        self._known[span] = model, address
+        return span
+
+    def faults(
+        self, conn: sqlite3.Connection, address: str, model: str
+    ) -> Iterator[tuple[int | None, str]]:
+        """What is wrong with the span at `address`, and in which layer; one in memory at once."""
+        try:
+            meta, stored = self._described(conn, address, model)
+        except ValueError as error:
+            yield None, str(error)
+            return
+        for row in stored:
+            try:
+                _span(meta, (self._layer(conn, address, row, "cpu"),))
+            except (ValueError, DamageError) as error:
+                yield row[1], str(error)
+
+    def _described(
+        self, conn: sqlite3.Connection, address: str, model: str
+    ) -> tuple[_Meta, list[_Stored]]:
+        """A span without its tensors, and where these are. ValueError if it is damaged."""
         row = conn.execute(
             'select id, codec, layers, bytes, start, "end", rotated_at, rounds, compactor, ids'
             " from spans where address = ?",
             (address,),
         ).fetchone()
         if row is None:
-            raise _damaged(address, "it is missing")
+            raise ValueError("it is missing")
         identity, codec, layers, size, *rest = row
         if codec != EXACT:
             raise StoreError(f"span {address[:12]} has codec {codec!r}; upgrade still-agent")
@@ -126,28 +155,24 @@ class SpansTable:
         numbers = [r[1] for r in stored]
         whole = numbers == list(range(len(numbers))) and layers == len(numbers)
         if not whole or not 0 < len(numbers) <= MAX_LAYERS:
-            raise _damaged(address, "its layers are not all there")
+            raise ValueError("its layers are not all there")
         # a damaged row may hold values of any type: what is no digest is none of these
         if self._address(model, meta, [r[2] for r in stored]) != address:
-            raise _damaged(address, "its description is not what was written")
+            raise ValueError("its description is not what was written")
         if sum(r[3] or 0 for r in stored) + len(meta[-1] or b"") != size:
-            raise _damaged(address, "its size is not what was written")
-        slots = []
-        for identity, layer, mark, _ in stored:
-            query = "select data from span_layers where id = ?"
-            row = conn.execute(query, (identity,)).fetchone()
-            if row is None or self._layer_digest(row[0]) != mark:  # an index may name a lost row
-                raise _damaged(address, f"layer {layer} does not match its digest")
-            slots.append(decode(row[0], f"layer {layer} of span {address[:12]}", device))
-        start, end, rotated_at, rounds, compactor, packed = meta
-        if packed is not None and len(packed) != 4 * (end - start):
-            raise _damaged(address, f"{len(packed)} bytes of ids of {end - start} tokens")
-        ids = None if packed is None else tuple(unpack_ids(packed))
-        span = Span(start, end, tuple(slots), rotated_at, rounds, compactor, ids)
-        if why := fault(span):
-            raise _damaged(address, why)
-        self._known[span] = model, address
-        return span
+            raise ValueError("its size is not what was written")
+        return meta, stored
+
+    def _layer(
+        self, conn: sqlite3.Connection, address: str, row: _Stored, device: torch.device | str
+    ) -> Slots:
+        """One layer's slots. ValueError if its bytes are not those that were written."""
+        identity, layer, mark, _ = row
+        query = "select data from span_layers where id = ?"
+        found = conn.execute(query, (identity,)).fetchone()
+        if found is None or self._layer_digest(found[0]) != mark:  # an index may name a lost row
+            raise ValueError(f"layer {layer} does not match its digest")
+        return decode(found[0], f"layer {layer} of span {address[:12]}", device)
 
     def _encode(self, span: Span, model: str) -> Packed:
         if why := fault(span):
@@ -192,6 +217,18 @@ def _as_written(
 def _meta(span: Span) -> _Meta:
     ids = None if span.ids is None else pack_ids(span.ids)
     return span.start, span.end, span.rotated_at, span.rounds, span.compactor, ids
+
+
+def _span(meta: _Meta, slots: tuple[Slots, ...]) -> Span:
+    """The span of these rows. ValueError if they do not make one."""
+    start, end, rotated_at, rounds, compactor, packed = meta
+    if packed is not None and len(packed) != 4 * (end - start):
+        raise ValueError(f"{len(packed)} bytes of ids of {end - start} tokens")
+    ids = None if packed is None else tuple(unpack_ids(packed))
+    span = Span(start, end, slots, rotated_at, rounds, compactor, ids)
+    if why := fault(span):
+        raise ValueError(why)
+    return span
 
 
 def fault(span: Span) -> str | None:

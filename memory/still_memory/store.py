@@ -33,6 +33,7 @@ from still_memory.errors import (
     deleted,
 )
 from still_memory.identity import ModelIdentity
+from still_memory.prune import Pruned, prune
 from still_memory.records import (
     Head,
     Match,
@@ -43,6 +44,8 @@ from still_memory.records import (
     check_session_name,
     to_json,
 )
+from still_memory.retention import Retention
+from still_memory.space import Space, measure
 from still_memory.span import Span
 from still_memory.spans_table import Packed, SpansTable
 
@@ -278,17 +281,12 @@ class MemoryStore:
                 " join models m on m.id = s.model where s.draft_of is null"
                 " order by s.updated desc, s.id desc"
             ).fetchall()
-        read = datetime.fromisoformat
-        try:
-            return [
-                SessionInfo(name, turns, tokens, slots, size, read(created), read(updated), model)
-                for name, turns, tokens, slots, size, created, updated, model in rows
-            ]
-        except (ValueError, TypeError):
-            raise DamageError(
-                f"the list of sessions in {self.path} is damaged: a date in it is none. Sessions "
-                "still open by their names; restore the store from a copy"
-            ) from None
+        return [
+            SessionInfo(
+                name, turns, tokens, slots, size, _time(created, name), _time(updated, name), model
+            )
+            for name, turns, tokens, slots, size, created, updated, model in rows
+        ]
 
     def draft(self, head: Head) -> Head | None:
         """How far the state has come that is to take this session's place, if one is on its way."""
@@ -375,6 +373,30 @@ class MemoryStore:
             conn.execute("delete from sessions where id = ?", row[:1])
             words.erase(conn)
 
+    def reindex(self) -> None:
+        """Build the index of words anew from the turns that are there.
+
+        For an index that is damaged. Takes time in proportion to all text, and writers wait.
+        """
+        with self._file.erasing() as conn:
+            words.renew(conn)
+
+    def prune(self, retention: Retention, *, dry_run: bool = False) -> Pruned:
+        """Take out what `retention` does not let stay, and give its room back to the disk.
+
+        Also what an earlier call that was stopped has left. What goes is overwritten. Done in
+        many short transactions, so that turns of other threads and processes wait for one of
+        them at most; a session that has a turn meanwhile stays. A deleted session is one that
+        `delete` has deleted: its objects raise UnknownSessionError. With `dry_run` nothing
+        changes, and the result says what would go.
+        """
+        return prune(self._file, retention, dry_run)
+
+    def space(self) -> Space:
+        """What takes the space, by kind and by session. Reads the length of every text."""
+        with self._file.reading() as conn:
+            return measure(conn, self._log_bytes())
+
     def stats(self) -> StoreStats:
         """How large the store is."""
         with self._file.reading() as conn:
@@ -385,8 +407,6 @@ class MemoryStore:
                 " (select count(*) from turns), (select count(*) from checkpoints),"
                 " (select count(*) from spans), (select coalesce(sum(bytes), 0) from spans)"
             ).fetchone()
-        wal = self.path.with_name(self.path.name + "-wal")
-        wal_bytes = wal.stat().st_size if wal.exists() else 0
         return StoreStats(
             sessions=sessions,
             turns=turns,
@@ -394,7 +414,7 @@ class MemoryStore:
             spans=spans,
             span_bytes=size,
             file_bytes=self.path.stat().st_size,
-            wal_bytes=wal_bytes,
+            wal_bytes=self._log_bytes(),
             free_bytes=free * page,
         )
 
@@ -431,6 +451,10 @@ class MemoryStore:
         if found != mark or model.address != address:
             raise _damaged(session, "its newest checkpoint does not match its digest")
         return head
+
+    def _log_bytes(self) -> int:
+        log = self.path.with_name(self.path.name + "-wal")
+        return log.stat().st_size if log.exists() else 0
 
     def _pack(self, checkpoint: Checkpoint, model: ModelIdentity) -> dict[Span, Packed]:
         return {e.span: self._spans.pack(e.span, model.address) for e in checkpoint.entries}
@@ -535,6 +559,13 @@ def _require_absent(conn: sqlite3.Connection, session: str) -> None:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat()
+
+
+def _time(written: str, session: str) -> datetime:
+    try:
+        return datetime.fromisoformat(written)
+    except ValueError:
+        raise _damaged(session, "its times cannot be read") from None
 
 
 def _settings(conn: sqlite3.Connection, head: Head) -> str:

@@ -44,6 +44,23 @@ def erase(conn: sqlite3.Connection) -> None:
     conn.execute("insert into turn_words (turn_words) values ('rebuild')")
 
 
+def merge(conn: sqlite3.Connection, pages: int) -> bool:
+    """Merge some pages of the index; whether there is more to merge.
+
+    A negative number begins a merge of everything, which ends with no deleted word left.
+    """
+    before = conn.total_changes
+    conn.execute("insert into turn_words (turn_words, rank) values ('merge', ?)", (pages,))
+    return conn.total_changes - before >= 2  # FTS5's own sign
+
+
+def renew(conn: sqlite3.Connection) -> None:
+    """Make the index anew, also where its own tables are damaged. Reads all turns."""
+    conn.execute("drop table if exists turn_words")
+    conn.execute(SCHEMA)
+    erase(conn)
+
+
 def find(
     conn: sqlite3.Connection, query: str, way: Sequence[int], limit: int
 ) -> list[tuple[int, int, str]]:

@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from still_agent.cli import chat, demo, evaluate, sessions
+from still_agent.cli import chat, demo, evaluate, sessions, store
 
 app = typer.Typer(
     name="still-agent",
@@ -18,6 +18,7 @@ app = typer.Typer(
 app.command()(chat.chat)
 app.command()(demo.demo)
 app.add_typer(sessions.app, name="sessions")
+app.add_typer(store.app, name="store")
 app.add_typer(evaluate.app, name="eval")
 
 

@@ -48,10 +48,10 @@ def printable(text: str) -> str:
 @app.command("list")
 def list_sessions(store: StorePath = DEFAULT_STORE, as_json: AsJson = False) -> None:
     """List the sessions, with their tokens, slots and bytes."""
-    with closing(_existing(store)) as memory:
+    with closing(existing_store(store)) as memory:
         found = memory.sessions()
     if as_json:
-        _print_json([
+        print_json([
             {
                 "name": s.name, "model": s.model, "turns": s.turns, "tokens": s.tokens,
                 "slots": s.slots, "bytes": s.bytes,
@@ -80,10 +80,10 @@ def list_sessions(store: StorePath = DEFAULT_STORE, as_json: AsJson = False) -> 
 @app.command()
 def show(name: str, store: StorePath = DEFAULT_STORE, as_json: AsJson = False) -> None:
     """Print a session's turns: who said what, and when."""
-    with closing(_existing(store)) as memory:
+    with closing(existing_store(store)) as memory:
         turns = memory.history(name)
     if as_json:
-        _print_json([
+        print_json([
             {
                 "number": t.number, "id": t.id, "parent": t.parent, "role": t.role, "text": t.text,
                 "tokens": len(t.tokens), "created": t.created.isoformat(), "usage": t.usage,
@@ -110,10 +110,10 @@ def search(
     as_json: AsJson = False,
 ) -> None:
     """Find the turns in which these words were said, newest first."""
-    with closing(_existing(store)) as memory:
+    with closing(existing_store(store)) as memory:
         matches = memory.search(_head(memory, name), words, limit)
     if as_json:
-        _print_json([{**asdict(m), "created": m.created.isoformat()} for m in matches])
+        print_json([{**asdict(m), "created": m.created.isoformat()} for m in matches])
         return
     console = Console()
     for m in matches:
@@ -137,7 +137,7 @@ def fork(
     as_json: AsJson = False,
 ) -> None:
     """Begin a session that shares another's turns up to one of them."""
-    with closing(_existing(store)) as memory:
+    with closing(existing_store(store)) as memory:
         kept = _kept(memory, name, at, replay)
         if kept is not None:
             memory.fork(kept[1], new, memory.load(kept[0]))
@@ -159,7 +159,7 @@ def rewind(
     as_json: AsJson = False,
 ) -> None:
     """Take a session back to where it stood after a turn."""
-    with closing(_existing(store)) as memory:
+    with closing(existing_store(store)) as memory:
         kept = _kept(memory, name, at, replay)
         if kept is not None:
             memory.commit(kept[1], memory.load(kept[0]), [])
@@ -181,7 +181,7 @@ def rebuild(
 
     The old memory stands until the new one does. Stopped, the same command goes on.
     """
-    with closing(_existing(store)) as memory:
+    with closing(existing_store(store)) as memory:
         memory.ledger(name)  # before a model is loaded for it
     with parts.load(store) as agent:
         restored = _rebuilt(agent, name)
@@ -195,10 +195,10 @@ def export_session(
     """Write a session as one new file, to be imported on another machine."""
     from still_memory.portable import Portable
 
-    with closing(_existing(store)) as memory:
+    with closing(existing_store(store)) as memory:
         Portable.of(memory, name).write(file)
     if as_json:
-        _print_json({"exported": name, "file": str(file), "bytes": file.stat().st_size})
+        print_json({"exported": name, "file": str(file), "bytes": file.stat().st_size})
     else:
         told = f"exported {name!r} to {file}: {file.stat().st_size:,} bytes, the whole conversation"
         Console().print(told, markup=False, highlight=False)
@@ -233,7 +233,7 @@ def import_session(
             restored = _rebuilt(agent, head.session)
         return _tell_branch(head.session, store, restored, as_json)
     if as_json:
-        _print_json({
+        print_json({
             "imported": head.session, "turns": head.turns, "tokens": head.tokens, "verified": False
         })  # fmt: skip
     else:
@@ -250,12 +250,12 @@ def delete(
     as_json: AsJson = False,
 ) -> None:
     """Delete a session: its turns, its memory, its text."""
-    with closing(_existing(store)) as memory:
+    with closing(existing_store(store)) as memory:
         if not (yes or as_json):
             typer.confirm(f"Delete the session {name!r} with all its text?", abort=True)
         memory.delete(name)
     if as_json:
-        _print_json({"deleted": name})
+        print_json({"deleted": name})
     else:
         Console().print(f"deleted {name!r}", markup=False)
 
@@ -302,13 +302,13 @@ def _rebuilt(agent: Agent, name: str) -> Restored | None:
 
 
 def _tell_branch(name: str, store: Path, restored: Restored | None, as_json: bool) -> None:
-    with closing(_existing(store)) as memory:
+    with closing(existing_store(store)) as memory:
         (info,) = (info for info in memory.sessions() if info.name == name)
     if as_json:
         replayed = {}
         if restored is not None:
             replayed = {**asdict(restored), "faithful": restored.faithful}
-        _print_json({"session": name, "turns": info.turns, "tokens": info.tokens, **replayed})
+        print_json({"session": name, "turns": info.turns, "tokens": info.tokens, **replayed})
         return
     console = Console(highlight=False)
     console.print(f"{name!r} stands after turn {info.turns}", markup=False)
@@ -317,7 +317,7 @@ def _tell_branch(name: str, store: Path, restored: Restored | None, as_json: boo
         console.print(f"{restored.replayed_tokens:,} tokens were read again, {told}")
 
 
-def _existing(path: Path) -> MemoryStore:
+def existing_store(path: Path) -> MemoryStore:
     """The store at `path`; looking into a store never makes one."""
     from still_memory.errors import StoreError
     from still_memory.store import MemoryStore
@@ -330,5 +330,5 @@ def _existing(path: Path) -> MemoryStore:
     return MemoryStore(path)
 
 
-def _print_json(value: object) -> None:
+def print_json(value: object) -> None:
     typer.echo(json.dumps(value, ensure_ascii=False, indent=1))

@@ -326,3 +326,13 @@ def test_the_size_of_a_layer_is_that_of_its_tensors(
     written = sum(len(encode(slots)) for span in spans for slots in span.layers)
     written += sum(4 * len(span.ids or ()) for span in spans)
     assert store.sessions()[0].bytes == written
+
+
+def test_times_that_cannot_be_read_are_a_typed_error_of_the_list_alone(
+    saved: Saved, open_store: Opens, path: Path
+) -> None:
+    change(path, f"update sessions set updated = 'once' where id = {ALICE}")
+    store = open_store()
+    with pytest.raises(DamageError, match="session 'alice' is damaged: its times"):
+        store.sessions()
+    read(store, "alice"), read(store, "bob")

@@ -1,0 +1,166 @@
+"""Deleting in small pieces: each a short transaction, with a rest after it for whoever waits.
+
+SQLite's write lock is not fair, and who waits for it looks up only now and then: without rests
+as long as the work, a turn that is to be saved would starve. So nothing here holds the lock for
+longer than a few pages, one span or a few turns take. A session that goes is gone with the first
+transaction; what it alone held is then collected, and by the next prune if this one is stopped.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from bisect import bisect_left
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from still_memory import checkpoints_table, ledger, words
+from still_memory.database import VACUUM_PAGES, StoreFile
+from still_memory.retention import Drop, Retention, plan
+
+BATCH = 1 << 22  # bytes of spans deleted in one transaction, or one span
+TURNS = 32  # turns deleted in one transaction
+MERGE = 16  # pages of the index (4 KiB each) merged in one transaction
+SLACK = 1.25  # for half-filled pages: rather plan again than delete one session too many
+REST = 0.005  # seconds between transactions, at least
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What a prune took out, or with `dry_run` would take out."""
+
+    drops: list[Drop]
+    file_bytes: int  # before it
+    file_bytes_after: int  # a dry run does not know them, and says what it expects
+    dry_run: bool
+
+    @property
+    def sessions(self) -> list[str]:
+        """The sessions that are gone."""
+        return [drop.session for drop in self.drops if drop.whole]
+
+
+def prune(file: StoreFile, retention: Retention, dry_run: bool) -> Pruned:
+    """Take out what `retention` does not let stay, and give its room back."""
+    before = _size(file)
+    if dry_run:
+        with file.reading() as conn:
+            drops = plan(conn, retention, datetime.now(UTC))
+        expected = max(0, before - sum(drop.bytes for drop in drops))
+        return Pruned(drops, before, expected, True)
+    done: list[Drop] = []
+    while True:
+        with file.reading() as conn:
+            drops = plan(conn, retention, datetime.now(UTC), SLACK)
+        dropped = [drop for drop in drops if _drop(file, drop)]
+        done += dropped
+        _collect_spans(file)
+        if _collect_turns(file):
+            _forget_words(file)
+        _give_back(file)
+        if not dropped or retention.max_bytes is None:
+            break
+    return Pruned(done, before, _size(file), False)
+
+
+@contextmanager
+def _briefly(file: StoreFile) -> Iterator[sqlite3.Connection]:
+    """One short transaction that overwrites what it deletes, and the rest after it."""
+    began = time.monotonic()
+    with file.overwriting() as conn:
+        yield conn
+    time.sleep(max(REST, time.monotonic() - began))
+
+
+def _drop(file: StoreFile, drop: Drop) -> bool:
+    """Whether it is gone: a session that was used since the plan was made stays."""
+    if drop.whole:
+        with _briefly(file) as conn:
+            query = "delete from sessions where id = ? and updated = ?"
+            return conn.execute(query, (drop.session_id, drop.updated)).rowcount > 0
+    for generation in drop.generations:
+        with _briefly(file) as conn:
+            query = "select 1 from sessions where id = ? and generation > ?"
+            if conn.execute(query, (drop.session_id, generation)).fetchone() is None:
+                return False
+            for turn in checkpoints_table.collect(conn, drop.session_id, generation):
+                words.remove(conn, *turn)
+    return True
+
+
+def _collect_spans(file: StoreFile) -> None:
+    """Spans that no checkpoint holds."""
+    free = "not exists (select 1 from checkpoint_spans r where r.span = spans.id)"
+    with file.reading() as conn:
+        spans = conn.execute(f"select id, bytes from spans where {free}").fetchall()
+    while spans:
+        with _briefly(file) as conn:
+            size = 0
+            while spans and size < BATCH:
+                row, held = spans.pop()
+                conn.execute(f"delete from spans where id = ? and {free}", (row,))
+                size += held
+
+
+def _collect_turns(file: StoreFile) -> int:
+    """Turns that nothing leads to, from their last back; how many there were."""
+    with file.reading() as conn:
+        ends = conn.execute(
+            "select id from turns t where not exists (select 1 from turns c where c.parent = t.id)"
+            " and not exists (select 1 from checkpoints where turn = t.id)"
+        ).fetchall()
+    many = 0
+    for (end,) in ends:
+        with file.reading() as conn:
+            way = sorted(ledger.way(conn, end))
+        while way:
+            with _briefly(file) as conn:
+                dropped = ledger.drop(conn, way[-1], TURNS)
+                for turn in dropped:
+                    words.remove(conn, *turn)
+            if not dropped:
+                break
+            many += len(dropped)
+            way = way[: bisect_left(way, dropped[-1][0])]
+    return many
+
+
+def _forget_words(file: StoreFile) -> None:
+    """Merge the index until it holds no word that was deleted."""
+    pages, more = -MERGE, True  # the sign begins a merge of all that there is
+    while more:
+        with _briefly(file) as conn:
+            more = words.merge(conn, pages)
+        pages = MERGE
+
+
+def _give_back(file: StoreFile) -> None:
+    """Every free page, some at a time; then the log."""
+
+    left = _free(file)
+    while left:
+        with _briefly(file) as conn:
+            for _ in range(VACUUM_PAGES):  # one execute is a page
+                conn.execute("pragma incremental_vacuum(1)")
+        left, before = _free(file), left
+        if left >= before:  # others free pages too, or the file gives none back
+            break
+    with file.connection() as conn:
+        conn.execute("pragma wal_checkpoint(truncate)").fetchall()
+
+
+def _free(file: StoreFile) -> int:
+    """Pages that may be given back."""
+    with file.reading() as conn:
+        (pages,) = conn.execute("pragma freelist_count").fetchone()
+    return int(pages)
+
+
+def _size(file: StoreFile) -> int:
+    """Of the file, once the log is in it."""
+    with file.reading() as conn:
+        (pages,) = conn.execute("pragma page_count").fetchone()
+        (page,) = conn.execute("pragma page_size").fetchone()
+    return int(pages * page)
