@@ -10,7 +10,7 @@ import sqlite3
 from collections.abc import Iterator, Mapping
 from datetime import datetime
 
-from still_memory import checkpoints_table, ledger
+from still_memory import checkpoints_table, drafts_table, ledger
 from still_memory.errors import StoreError
 from still_memory.findings import Noted
 from still_memory.identity import ModelIdentity
@@ -47,7 +47,8 @@ def sessions(conn: sqlite3.Connection, noted: Noted) -> None:
     )
     for row, name, generation, created, updated, settings, newest in rows:
         try:
-            check_session_name(name)
+            if not (type(name) is str and drafts_table.is_name(name)):
+                check_session_name(name)
             datetime.fromisoformat(created), datetime.fromisoformat(updated)
             json.loads(settings)
         except (ValueError, RecursionError) as error:

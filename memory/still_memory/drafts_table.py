@@ -17,6 +17,11 @@ def name_of(session: int) -> str:
     return f"{session:0{MAX_SESSION_NAME + 1}d}"
 
 
+def is_name(name: str) -> bool:
+    """Whether a draft is called so."""
+    return len(name) == MAX_SESSION_NAME + 1 and name.isdigit()
+
+
 def drop(conn: sqlite3.Connection, session: int) -> None:
     """Delete the draft of a session, if there is one, with what it alone leads to."""
     query = "select id, generation from sessions where draft_of = ?"

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from still_memory import checkpoints_table, ledger, words
+from still_memory import checkpoints_table, drafts_table, ledger, words
 from still_memory.database import VACUUM_PAGES, StoreFile
 from still_memory.retention import Drop, Retention, plan
 
@@ -78,8 +78,13 @@ def _drop(file: StoreFile, drop: Drop) -> bool:
     """Whether it is gone: a session that was used since the plan was made stays."""
     if drop.whole:
         with _briefly(file) as conn:
-            query = "delete from sessions where id = ? and updated = ?"
-            return conn.execute(query, (drop.session_id, drop.updated)).rowcount > 0
+            told = drop.session_id, drop.updated
+            query = "select 1 from sessions where id = ? and updated = ?"
+            if conn.execute(query, told).fetchone() is None:
+                return False
+            drafts_table.drop(conn, drop.session_id)
+            conn.execute("delete from sessions where id = ?", told[:1])
+            return True
     for generation in drop.generations:
         with _briefly(file) as conn:
             query = "select 1 from sessions where id = ? and generation > ?"

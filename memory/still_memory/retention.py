@@ -89,8 +89,10 @@ _Session = tuple[int, str, str]  # row, name, updated
 
 
 def _sessions(conn: sqlite3.Connection) -> list[_Session]:
-    """Those not used for longest first."""
-    return conn.execute("select id, name, updated from sessions order by updated, id").fetchall()
+    """Those not used for longest first. A draft goes with the session whose place it is to take."""
+    return conn.execute(
+        "select id, name, updated from sessions where draft_of is null order by updated, id"
+    ).fetchall()
 
 
 def _older(conn: sqlite3.Connection, keep: int) -> Iterator[tuple[_Session, list[int]]]:

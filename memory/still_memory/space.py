@@ -115,7 +115,8 @@ def _by_session(conn: sqlite3.Connection) -> list[SessionSpace]:
         )
     }
     rows = conn.execute(
-        "select s.id, s.name, count(c.id) from sessions s left join checkpoints c"
+        "select s.id, coalesce('draft of ' || o.name, s.name), count(c.id) from sessions s"
+        " left join sessions o on o.id = s.draft_of left join checkpoints c"
         " on c.session = s.id group by s.id"
     ).fetchall()
     found = []

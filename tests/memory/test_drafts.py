@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from still_memory.check import check_store
 from still_memory.checkpoint import Checkpoint
 from still_memory.errors import ConflictError, DamageError, StoreError, UnknownSessionError
 from still_memory.identity import ModelIdentity
 from still_memory.records import Head, NewTurn
+from still_memory.retention import Retention
 from still_memory.span import Span
 from still_memory.store import MemoryStore
 
@@ -53,6 +55,19 @@ def begun(head: Head, model: ModelIdentity) -> Head:
 
 def texts(store: MemoryStore) -> list[str]:
     return [turn.text for turn in store.history("x")]
+
+
+def test_a_draft_is_no_damage_and_goes_with_its_session(
+    store: MemoryStore, head: Head, other: ModelIdentity, old: Checkpoint, new: Checkpoint,
+    model: ModelIdentity,
+) -> None:  # fmt: skip
+    store.save_draft(head, begun(head, other), new, [NewTurn("user", "the key", [7])])
+    assert check_store(store.path).findings == []
+    assert sorted(s.name for s in store.space().sessions) == ["draft of x", "x"]
+    store.create("y", model, checkpoint=old, turns=[], settings={})
+    assert store.prune(Retention(max_bytes=1)).sessions == ["x"]
+    assert store.draft(head) is None and check_store(store.path).findings == []
+    assert (store.stats().sessions, store.stats().turns) == (1, 0)
 
 
 def test_a_draft_is_kept_and_shows_nowhere(
