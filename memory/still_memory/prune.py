@@ -17,13 +17,14 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from still_memory import checkpoints_table, drafts_table, ledger, words
-from still_memory.database import VACUUM_PAGES, StoreFile
+from still_memory.database import StoreFile
 from still_memory.retention import Drop, Retention, plan
 
-BATCH = 1 << 22  # bytes of spans deleted in one transaction, or one span
+BATCH = 1 << 20  # bytes of spans deleted in one transaction, or one span
 TURNS = 32  # turns deleted in one transaction
 MERGE = 16  # pages of the index (4 KiB each) merged in one transaction
 SLACK = 1.25  # for half-filled pages: rather plan again than delete one session too many
+PAGES = 8  # given back in one transaction: 512 KiB
 REST = 0.005  # seconds between transactions, at least
 
 
@@ -51,18 +52,22 @@ def prune(file: StoreFile, retention: Retention, dry_run: bool) -> Pruned:
         expected = max(0, before - sum(drop.bytes for drop in drops))
         return Pruned(drops, before, expected, True)
     done: list[Drop] = []
+    size, limits = before, retention
     while True:
         with file.reading() as conn:
-            drops = plan(conn, retention, datetime.now(UTC), SLACK)
-        dropped = [drop for drop in drops if _drop(file, drop)]
-        done += dropped
+            drops = plan(conn, limits, datetime.now(UTC), SLACK)
+        done += [drop for drop in drops if _drop(file, drop)]
         _collect_spans(file)
         if _collect_turns(file):
             _forget_words(file)
         _give_back(file)
-        if not dropped or retention.max_bytes is None:
+        last, size = size, _size(file)
+        # Again for its size alone, and while that helps: turns that go on meanwhile make
+        # checkpoints as fast as they are dropped.
+        if retention.max_bytes is None or size <= retention.max_bytes or size >= last:
             break
-    return Pruned(done, before, _size(file), False)
+        limits = Retention(max_bytes=retention.max_bytes)
+    return Pruned(done, before, size, False)
 
 
 @contextmanager
@@ -147,7 +152,7 @@ def _give_back(file: StoreFile) -> None:
     left = _free(file)
     while left:
         with _briefly(file) as conn:
-            for _ in range(VACUUM_PAGES):  # one execute is a page
+            for _ in range(PAGES):  # one execute is a page
                 conn.execute("pragma incremental_vacuum(1)")
         left, before = _free(file), left
         if left >= before:  # others free pages too, or the file gives none back

@@ -184,6 +184,25 @@ def test_a_session_that_is_used_meanwhile_stays(
     assert len(store.history("alice")) == 3 and not check_store(store.path).findings
 
 
+def test_a_prune_ends_though_a_session_goes_on(
+    store: MemoryStore, open_store: Opens, talk: Talk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other, planned, plans = open_store(), prune_module.plan, []
+    talk(store, "alice", 2), talk(store, "bob", 2)
+    age(store, "bob", 1)
+
+    def use_then_plan(conn: sqlite3.Connection, *limits: object) -> object:
+        conn.execute("rollback")  # what follows is seen
+        talk(other, "alice", 1)
+        conn.execute("begin")
+        plans.append(planned(conn, *limits))  # type: ignore[arg-type]
+        return plans[-1]
+
+    monkeypatch.setattr(prune_module, "plan", use_then_plan)
+    assert store.prune(Retention(keep_checkpoints=1, max_bytes=0)).sessions == ["bob"]
+    assert len(plans) < 5 and all(plans)
+
+
 def test_a_prune_that_was_stopped_is_ended_by_the_next(
     store: MemoryStore, talk: Talk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
