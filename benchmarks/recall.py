@@ -23,6 +23,7 @@ from torch.nn.functional import pad
 
 from still_agent.evaluation.bench import Bench
 from still_agent.evaluation.dialogues import Prose
+from still_agent.evaluation.methods import shared
 from still_agent.evaluation.trajectory import book
 from still_agent.models.frozen import FrozenModel
 from still_agent.models.loading import load_model
@@ -88,12 +89,13 @@ def main() -> None:
     p.add_argument("--rows", type=int, default=8)
     p.add_argument("--seeds", type=int, default=3)
     p.add_argument("--ratios", type=int, nargs="+", default=[4, 8, 16, 32])
-    p.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    p.add_argument("--methods", nargs="+", choices=METHODS)
     p.add_argument("--json", type=Path)
     args = p.parse_args()
     frozen = load_model(args.model)
     bench = Bench(frozen, args.compactor, args.model)
-    compactors = {name: bench.compactor(name) for name in args.methods}
+    methods = args.methods or [m for m in METHODS if bench.dealt or not shared(m)]
+    compactors = {name: bench.compactor(name) for name in methods}
     prose = Prose([book()])
     found = []
     for title, density in DENSITIES.items():

@@ -27,7 +27,7 @@ from torch import Tensor
 from still_agent.budget import Budget
 from still_agent.events import Compaction, OnCompaction
 from still_agent.models.frozen import FrozenModel
-from still_agent.schedule import Held, Plan, schedule_for
+from still_agent.schedule import Held, Plan, Rolling, schedule_for
 from still_memory.checkpoint import SHARES, Checkpoint, Entry, Share
 from still_memory.compactors.base import Compactor
 from still_memory.errors import BudgetError, CompactorError, DamageError, InputError
@@ -117,7 +117,7 @@ class RollingState:
             raise InputError("no token to take in; give at least one")
         at = 0
         while at < len(ids):
-            if not self.free:
+            while not self.free:
                 self._make_room()
             n = min(self.free, len(ids) - at, PREFILL)
             logits = self.model.forward(ids[at : at + n], self.cache, self.position)
@@ -190,14 +190,20 @@ class RollingState:
         self._open = []
 
     def _make_room(self) -> None:
-        """Do what the schedule plans next; at least one slot is free afterwards."""
+        """Do what the schedule plans next; there is more room afterwards.
+
+        A schedule counts slots. Where the window is full before the budget is (a large budget has
+        taken over what a smaller one's unequal layers held), all of memory becomes one span.
+        """
         self._seal("tail")
         memory, tail = ([e for e in self._entries if e.share == s] for s in SHARES[1:])
         held = [Held(entry.slots, entry.level) for entry in memory]
-        plan = self._schedule.plan(held, sum(entry.tokens for entry in tail))
-        share = self.budget.shares(self._pinned).memory  # may take the positions that none needs
-        most = self.model.window - self.budget.slots + share
-        self._carry_out(plan, max(plan.slots, plan.slots * most // share))
+        shares = self.budget.shares(self._pinned)
+        schedule = Rolling(shares) if self.slots < self.budget.slots else self._schedule
+        plan = schedule.plan(held, sum(entry.tokens for entry in tail))
+        # Memory may take the positions that nothing else needs.
+        most = self.model.window - self.budget.slots + shares.memory
+        self._carry_out(plan, max(plan.slots, plan.slots * most // shares.memory))
 
     @property
     def _pinned(self) -> int:
@@ -211,8 +217,9 @@ class RollingState:
         before, began = sum(entry.slots for entry in taken), time.perf_counter()
         with torch.inference_mode():
             spans = [free(_standing(entry), self.model.rope) for entry in taken]
-            span = self.compactor.compact(spans, plan.slots, longest)
-        _require_shorter(span, spans, min(plan.slots, before - 1), longest)
+            slots = min(plan.slots, before - 1)
+            span = self.compactor.compact(spans, slots, longest)
+        _require_shorter(span, spans, slots, longest)
         entry = Entry(span, span.start, span.end, 0, "memory", plan.level)
         self._entries = [*pinned, *memory[: plan.low], entry, *memory[plan.high :], *tail]
         self._fill()

@@ -25,15 +25,18 @@ Shares = tuple[tuple[float, ...], ...]  # [layer][kv_head], in any unit; () is t
 Counts = Sequence[Sequence[int]]  # slots of each [layer][kv_head]
 
 
-def dealt(slots: int, shares: Shares, most: Sequence[int]) -> int | Counts:
+def even(slots: int, most: Sequence[int], heads: int) -> Counts:
+    """`slots` for each layer, but no more than its `most`."""
+    return [[min(slots, n)] * heads for n in most]
+
+
+def dealt(slots: int, shares: Shares, most: Sequence[int]) -> Counts:
     """`slots` for the mean layer, dealt out by `shares`; no layer gets more than its `most`.
 
-    What a layer has no use for goes to the others. Each head gets one slot at least. Without shares
-    all get the same. Raises CompactorError for shares of another model, and for those that are no
-    shares: below zero, not finite, or all zero.
+    What a layer has no use for goes to the others. Each head gets one slot at least. Raises
+    CompactorError for shares of another model, and for those that are no shares: below zero, not
+    finite, or all zero.
     """
-    if not shares:
-        return slots
     wanted = [max(layer, default=-1.0) for layer in shares]
     sound = all(math.isfinite(share) and share >= 0 for layer in shares for share in layer)
     if len(shares) != len(most) or not sound or not max(wanted) > 0 <= min(wanted):

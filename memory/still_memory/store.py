@@ -564,7 +564,7 @@ def _now() -> str:
 def _time(written: str, session: str) -> datetime:
     try:
         return datetime.fromisoformat(written)
-    except ValueError:
+    except (ValueError, TypeError):  # a damaged row may hold values of any type
         raise _damaged(session, "its times cannot be read") from None
 
 

@@ -84,8 +84,8 @@ class Bench:
         header: Row = {"model": self.model.identity.address, **compactors, **about}
         if CARTRIDGES in cells.methods:
             header[CARTRIDGES] = asdict(self.study)
-        if self.shares:
-            header["shares"] = [list(layer) for layer in self.shares]
+        if any(shared(m) or m.startswith("told-") for m in cells.methods) and self.dealt:
+            header["shares"] = [list(layer) for layer in self.dealt]
         wanted = [(item, row) for item in items for row in _cells(cells, item)]
         held = {key(row): row for row in opened(out, header)}
         context: Context | None = None
@@ -179,7 +179,8 @@ class Context:
             kind = AttentionMatchingCompactor if "matching" in method else KVzipCompactor
             lines = [line for q in self.talk.exam for line in q.lines()]
             compactor = kind(model, questions=tuple(render(tokenizer, lines)[0]))
-            compactor = SharedOut(compactor, self.bench.dealt)
+            if self.bench.dealt:
+                compactor = SharedOut(compactor, self.bench.dealt)
         if rounds == 1:
             state = self._state(compactor)
             state.restore(self.whole)

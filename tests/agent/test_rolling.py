@@ -253,6 +253,22 @@ def test_unequal_layers_stay_within_budget_memory_and_window(
     assert torch.equal(state.extend(more), resumed.extend(more))
 
 
+@pytest.mark.parametrize("schedule", ["rolling", "tiered"])
+@pytest.mark.parametrize(("slots", "more"), [(160, 480), (192, 480), (224, 510), (288, 510)])
+def test_a_larger_budget_takes_over_what_unequal_layers_held(
+    tiny: FrozenModel, schedule: str, slots: int, more: int
+) -> None:
+    """The window is full before the budget is, and the session goes on."""
+    compactor = SharedOut(KNormCompactor(), ((1.0, 1.0), (9.0, 9.0)))
+    state = state_of(tiny, compactor, slots=slots)
+    state.extend(some_ids(700))
+    other = RollingState(tiny, compactor, Budget(slots=more, schedule=schedule))
+    other.restore(state.checkpoint())
+    for n in range(12):
+        other.extend(some_ids(60, seed=n))
+        assert other.slots <= more and max(other.cache.lengths) <= other.position <= WINDOW
+
+
 def test_a_state_past_the_window_is_refused(tiny: FrozenModel) -> None:
     compactor = SharedOut(KNormCompactor(), ((1.0, 1.0), (9.0, 9.0)))
     state = state_of(tiny, compactor, slots=300)
@@ -270,7 +286,7 @@ def test_a_state_past_the_window_is_refused(tiny: FrozenModel) -> None:
 
 def test_a_compactor_that_breaks_its_promise_is_caught(tiny: FrozenModel) -> None:
     class TooLong(StreamingCompactor):
-        def compact(self, spans: Any, slots: int) -> Any:
+        def compact(self, spans: Any, slots: Any, longest: int | None = None) -> Any:
             return super().compact(spans, slots + 1)
 
     state = state_of(tiny, TooLong())

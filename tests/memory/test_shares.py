@@ -39,7 +39,6 @@ def test_what_one_layer_cannot_use_goes_to_the_others() -> None:
     assert dealt(11, ((1.0,), (4.0,)), [100, 9]) == [[13], [9]]
     assert dealt(11, ((1.0,), (4.0,)), [6, 9]) == [[6], [9]]
     assert dealt(11, ((2.0, 1.0), (2.0, 0.0)), [100, 100]) == [[11, 6], [11, 1]]
-    assert dealt(11, (), [3]) == 11
 
 
 @pytest.mark.parametrize("shares", [((1.0,),), ((1.0,), (-1.0,)), ((0.0,), (0.0,)), ((1.0,), ()),
@@ -93,6 +92,22 @@ def test_layers_keep_their_own_tokens_over_many_rounds() -> None:
     assert len(few) == 5 and len(many) == 25 and few <= many
     # A chunk's edges are scored without their neighbours, so the choice is close, not equal.
     assert len(many & set(at_once.layers[1].positions[0].tolist())) > 12
+
+
+@pytest.mark.parametrize("paper", [True, False])
+def test_no_layer_gets_more_than_it_had(paper: bool) -> None:
+    """Of uneven spans, by a compactor that has no shares, too."""
+    still = StillCompactor(PAPER if paper else SALIENT, MODEL)
+    uneven = still.compact([span(0, 60)], [[1, 1], [38, 38]])
+    for slots, lengths in ((30, [21, 30]), (50, [21, 50]), (70, [21, 58])):
+        out = still.compact([uneven, span(60, 80, seed=1)], slots)
+        assert [len(layer) for layer in out.layers] == lengths
+
+
+@pytest.mark.parametrize("shares", [((1.0, 1.0),), ((1.0,), (1.0,)), ((0.0, 0.0),) * 2])
+def test_a_config_with_shares_of_another_model_is_refused(shares: Shares) -> None:
+    with pytest.raises((ValueError, CompactorError)):
+        StillConfig(**{**SALIENT.model_dump(), "shares": shares})
 
 
 def test_its_config_names_its_shares() -> None:

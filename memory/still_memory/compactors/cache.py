@@ -123,7 +123,8 @@ class Cache:
                 bias=self.bias[n, 0, :, :length].contiguous(),
                 salience=self.salience[n, 0, :, :length].contiguous() if salience else None,
             )
-            layers.append(slots if self.bias[n, 0].any() else replace(slots, bias=None))
+            empty = slots.bias is None or not slots.bias.any()
+            layers.append(replace(slots, bias=None) if empty else slots)
         return tuple(layers)
 
     def cut(self, low: int, high: int) -> Cache:

@@ -30,7 +30,7 @@ from still_memory.compactors.selection import ranked_in_the_middle
 from still_memory.compactors.trained import TrainedCompactor, settings_of
 from still_memory.errors import CompactorError, InputError
 from still_memory.identity import ModelIdentity
-from still_memory.shares import Counts, best, counted
+from still_memory.shares import Counts, best, counted, even, most
 from still_memory.span import Span
 
 Adapt = Callable[[int, str, Tensor, slice], Tensor | None]
@@ -199,6 +199,8 @@ class KVDistillCompactor(TrainedCompactor):
         compact, raw, ids = told(spans)
         shape = (self.config.layers, self.config.kv_heads)
         cache = Cache.joined([*compact, *raw], self.identity, shape)
+        if isinstance(slots, int):
+            slots = even(slots, most(spans, longest), self.config.kv_heads)
         out = self(cache, slots, torch.tensor([ids], dtype=torch.long, device=cache.bias.device))
         lengths = counted(slots, *shape).amax(1).clamp(max=cache.slots).tolist()
         dtype = spans[0].layers[0].values.dtype

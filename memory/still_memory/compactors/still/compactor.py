@@ -21,7 +21,7 @@ from still_memory.compactors.still.scorer import Scorer
 from still_memory.compactors.trained import TrainedCompactor, settings_of
 from still_memory.errors import CompactorError
 from still_memory.identity import ModelIdentity
-from still_memory.shares import Counts, best, counted, dealt, most
+from still_memory.shares import Counts, best, counted, dealt, even, most
 from still_memory.span import Span
 
 
@@ -163,8 +163,12 @@ class StillCompactor(TrainedCompactor):
         if self.scorer is not None:
             cache.salience = self.score(cache)
         if isinstance(slots, int):
-            useful = self._useful(cache, slots, most(spans, longest))
-            slots = dealt(slots, self.config.shares, useful)
+            held = most(spans, longest)
+            slots = (
+                dealt(slots, self.config.shares, self._useful(cache, slots, held))
+                if self.config.shares
+                else even(slots, held, self.config.kv_heads)
+            )
         counts = counted(slots, *shape)
         # Where every head gets all that there is, nothing is to be shortened.
         out = self(cache, slots) if int(counts.min()) < cache.slots else cache

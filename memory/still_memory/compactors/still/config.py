@@ -5,11 +5,11 @@ Each departure is an option, named here with its reason; docs/still.md has the m
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from still_memory.shares import Shares
+from still_memory.shares import Shares, dealt
 
 
 class StillConfig(BaseModel):
@@ -62,3 +62,14 @@ class StillConfig(BaseModel):
 
     neighbourhood: float = Field(1.0, gt=0)
     """How fast later blocks' cross-attention falls with distance: 1 is one latent's cell."""
+
+    @model_validator(mode="after")
+    def _shares_fit(self) -> Self:
+        if self.shares:
+            shape = [len(layer) for layer in self.shares]
+            if shape != [self.kv_heads] * self.layers:
+                raise ValueError(
+                    f"shares of {shape} heads do not fit {self.layers} layers of {self.kv_heads}"
+                )
+            dealt(1, self.shares, [1] * self.layers)
+        return self
