@@ -64,7 +64,8 @@ def place(span: Span, layer: int, base: int, rope: Rope, dtype: torch.dtype) -> 
 
     Slots are placed densely, in order: a slot takes one position, whatever it stands for.
     So a layer of `n` slots never uses a position past `base + n - 1`, and a conversation may
-    outgrow the model's window by any factor. Keys that already stand there are returned as they are.
+    outgrow the model's window by any factor. Keys that already stand there are returned as they
+    are.
     """
     slots = span.layers[layer]
     if span.rotated_at == base:
