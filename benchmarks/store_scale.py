@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from store_io import MODEL, raw_span, tail_of
@@ -72,7 +73,7 @@ class Talk:
         return seconds, self.store.bytes_written - rows, to_files() - files
 
 
-def saves(folder: Path, lengths: list[int], repeats: int) -> dict[str, object]:
+def saves(folder: Path, lengths: list[int], repeats: int) -> dict[str, Any]:
     talks = {tokens: Talk(folder / f"{tokens}.db", tokens) for tokens in lengths}
     found: dict[int, list[tuple[float, int, int]]] = {tokens: [] for tokens in lengths}
     for _ in range(repeats):
@@ -110,7 +111,7 @@ def timed(work: Callable[[], object]) -> float:
     return time.process_time() - began
 
 
-def stores(folder: Path, counts: list[int], repeats: int) -> dict[str, object]:
+def stores(folder: Path, counts: list[int], repeats: int) -> dict[str, Any]:
     paths = {count: filled(folder / f"{count} sessions.db", count) for count in counts}
     seconds: dict[int, dict[str, list[float]]] = {
         count: {n: [] for n in ("open", "resume", "absent", "list")} for count in counts
@@ -159,20 +160,20 @@ def main() -> None:
     if args.json:
         print(json.dumps({"history": turns, "many": many}))
         return
-    for tokens, row in turns["saves"].items():  # type: ignore[attr-defined]
+    for tokens, row in turns["saves"].items():
         print(
             f"{tokens:>7,} tokens: a turn of {TURN} takes {row['ms']:6.2f} ms (quartiles "
             f"{row['spread_ms']:.2f} apart), {row['row_bytes']:,.0f} B in rows, "
             f"{row['file_bytes']:,.0f} B written"
         )
-    print("  ratios:", *(f"{n} x{r:.3f}" for n, r in turns["ratios"].items()))  # type: ignore[attr-defined]
-    for count, row in many["sessions"].items():  # type: ignore[attr-defined]
+    print("  ratios:", *(f"{n} x{r:.3f}" for n, r in turns["ratios"].items()))
+    for count, row in many["sessions"].items():
         print(
             f"{count:>7,} sessions: open {row['open_ms']:.2f} ms, resume {row['resume_ms']:.2f}, "
             f"ask for another {row['absent_ms']:.2f}, list {row['list_ms']:.2f} "
             f"({row['list_us_each']:.1f} us each), file {row['file_mb']:.1f} MB"
         )
-    print("  ratios:", *(f"{n} x{r:.2f}" for n, r in many["ratios"].items()))  # type: ignore[attr-defined]
+    print("  ratios:", *(f"{n} x{r:.2f}" for n, r in many["ratios"].items()))
 
 
 if __name__ == "__main__":
