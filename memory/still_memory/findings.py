@@ -14,7 +14,7 @@ Kind = Literal[
 ]  # fmt: skip
 
 _COPY = "restore the store from a copy"
-_LEDGER = "or read the text of its turns (`still-agent sessions show`) into a new session"
+_LEDGER = "or have its state computed anew from its text (`still-agent sessions rebuild`)"
 REMEDIES: Mapping[Kind, str] = {
     "file": f"{_COPY}, or save what can be read with `sqlite3 FILE .recover`",
     "schema": f"{_COPY}; do not use this file, whose schema is not still-agent's",
