@@ -27,6 +27,9 @@ Horizon = Annotated[int | None, typer.Option(help="For append: the tokens planne
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, ...")]
 StorePath = Annotated[Path, typer.Option(envvar="STILL_STORE", help="The store's file.")]
+Tenant = Annotated[
+    str, typer.Option(envvar="STILL_AGENT_TENANT", help="Whose sessions (default: of no name).")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 
 DEFAULT_STORE = Path("still.db")
