@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 
 from pydantic import JsonValue
@@ -116,6 +116,15 @@ def way(conn: sqlite3.Connection, last: int | None) -> set[int]:
         (last,),
     )
     return {row[0] for row in rows}
+
+
+def texts(conn: sqlite3.Connection, last: int | None) -> Iterator[tuple[int, str]]:
+    """The ids and texts of the turns that lead to `last`, oldest first."""
+    for turn in sorted(way(conn, last)):
+        row = conn.execute("select text from turns where id = ?", (turn,)).fetchone()
+        if row is None:
+            raise missing(turn)
+        yield turn, row[0]
 
 
 def read_one(conn: sqlite3.Connection, key: bytes, turn: int, number: int) -> TurnRecord:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import sqlite3
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import closing
 
 from still_memory.errors import DamageError, InputError
 from still_memory.records import check_limit, check_text
@@ -88,6 +89,19 @@ def find(
                 )
             matches.append((at + 1, turn, " ".join(row[0].split())))
     return matches
+
+
+def find_among(
+    turns: Iterable[tuple[int, str]], query: str, limit: int
+) -> list[tuple[int, int, str]]:
+    """As `find`, among these ids and texts, ascending, and with an index of nothing else."""
+    with closing(sqlite3.connect(":memory:")) as conn:
+        conn.execute("create table turns (id integer primary key, text text)")
+        conn.executemany("insert into turns values (?, ?)", turns)
+        conn.execute(SCHEMA)
+        erase(conn)
+        way = [row[0] for row in conn.execute("select id from turns order by id")]
+        return find(conn, query, way, limit)
 
 
 def _expression(query: str) -> str:
