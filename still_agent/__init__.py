@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from still_agent.agent import Agent
     from still_agent.budget import Budget
     from still_agent.events import Compaction
+    from still_agent.forget import Forgotten
     from still_agent.replay import Restored
     from still_agent.reply import Reply, Usage
     from still_agent.sampling import Sampling
@@ -21,10 +22,12 @@ if TYPE_CHECKING:
         CompactorError,
         ConflictError,
         DamageError,
+        ErasureError,
         IdentityError,
         InputError,
         StillError,
         StoreError,
+        TaintedError,
         UnknownSessionError,
     )
 
@@ -36,6 +39,8 @@ __all__ = [
     "CompactorError",
     "ConflictError",
     "DamageError",
+    "ErasureError",
+    "Forgotten",
     "IdentityError",
     "InputError",
     "Reply",
@@ -45,6 +50,7 @@ __all__ = [
     "Stats",
     "StillError",
     "StoreError",
+    "TaintedError",
     "UnknownSessionError",
     "Usage",
 ]
@@ -53,6 +59,7 @@ _HOMES = {
     "agent": ("Agent",),
     "budget": ("Budget",),
     "events": ("Compaction",),
+    "forget": ("Forgotten",),
     "replay": ("Restored",),
     "reply": ("Reply", "Usage"),
     "sampling": ("Sampling",),

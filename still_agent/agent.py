@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -17,6 +18,7 @@ from still_agent.budget import Budget
 from still_agent.compactor import choose_compactor
 from still_agent.ephemeral import EphemeralStore, Store
 from still_agent.events import OnCompaction, OnReplay
+from still_agent.forget import Forgotten, forget
 from still_agent.models.frozen import FrozenModel
 from still_agent.models.loading import load_model
 from still_agent.rebuild import rebuild
@@ -27,12 +29,13 @@ from still_agent.steps import Steps
 from still_agent.text import LONGEST, check_message
 from still_memory.checkpoint import Checkpoint
 from still_memory.compactors.base import Compactor
-from still_memory.errors import ConflictError, DamageError, InputError
+from still_memory.errors import ConflictError, DamageError, InputError, UnknownSessionError
 from still_memory.portable import UNVERIFIED, Portable
 from still_memory.prune import Pruned
 from still_memory.records import Head, NewTurn, SessionInfo, TurnRecord
 from still_memory.retention import Retention
 from still_memory.store import MemoryStore
+from still_memory.taint import Deleted, Forks, Later
 
 
 class Agent:
@@ -133,18 +136,29 @@ class Agent:
         """The tenant's conversations, newest first."""
         return self.store.sessions()
 
-    def delete(self, id: str) -> None:
-        """Forget a conversation: its text and its memory, but for what its forks share.
+    def delete(self, id: str, *, erase: bool = False, forks: Forks | None = None) -> Deleted:
+        """Forget a conversation: its text and its memory.
+
+        erase: also every copy of it that the file may still hold, and of all that was deleted
+            before: nothing of that is in the file's bytes, or its log's, when this returns.
+        forks: what becomes of sessions that share its turns (forks, and copies by an import or a
+            rebuild). "keep", the default without `erase`: they keep what they share, which then
+            stays in the store; the result lists it. "refuse", the default with `erase`: a
+            TaintedError lists them, if there are any. "delete": they are deleted too.
 
         Whoever still holds the session, in any process, gets UnknownSessionError from then on;
-        so does this call if there is none.
+        so does this call if there is none. ErasureError, when all is done but for the bytes, if
+        another process was reading the store.
         """
-        head = self.store.head(id)
-        self.store.delete(id)
+        deleted = self.store.delete(id, erase=erase, forks=forks or ("refuse" if erase else "keep"))
         with self._lock:
-            session = None if head is None else self._sessions.pop(head.session_id, None)
-        if session is not None:
-            session.forget()
+            gone = [self._sessions.pop(session, None) for session in deleted.session_ids]
+        for session in gone:
+            if session is not None:
+                session.close_deleted()
+        if erase:
+            self.store.scrub()
+        return deleted
 
     def rebuild(self, id: str, *, on_progress: OnReplay | None = None) -> Session:
         """Compute a conversation's memory anew from its text, with this agent's parts; open it.
@@ -189,7 +203,7 @@ class Agent:
                 with self._lock:
                     session = self._sessions.pop(drop.session_id, None)
                 if session is not None:
-                    session.forget()
+                    session.close_deleted()
         return pruned
 
     def export(self, id: str, path: str | Path) -> None:
@@ -262,6 +276,23 @@ class Agent:
             head = self.store.commit(named, state.checkpoint(), [])
         return self._opened(state, steps, head)
 
+    def _forget(
+        self, id: str, turns: Sequence[int], later: Later, on_replay: OnReplay | None
+    ) -> Forgotten:
+        state, steps = self._state()
+        forgotten = forget(state, steps, self.store, id, turns, later, on_replay)
+        try:
+            self.store.scrub()
+        finally:
+            for taint, how in zip(forgotten.sessions, forgotten.restored, strict=True):
+                with self._lock:
+                    session = self._sessions.get(taint.session_id)
+                if session is not None and not session.closed:
+                    with suppress(UnknownSessionError):  # deleted since: it tells by itself
+                        session.refresh()
+                        session.last_reply, session.restored = None, how
+        return forgotten
+
     def _to_rebuild(self, id: str) -> str:
         """What to do about a state that this agent cannot use, as words and as a command."""
         told = f"have this one read its text again, in place of that memory: agent.rebuild({id!r})"
@@ -312,6 +343,7 @@ class Agent:
             head,
             state.checkpoint(),
             reopen=self._resume,
+            forget=self._forget,
             sampling=self.sampling,
             longest_message=self._longest,
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -12,10 +12,10 @@ from typing import Protocol
 import torch
 from pydantic import JsonValue
 
-from still_memory import words
+from still_memory import taint, words
 from still_memory.checkpoint import Checkpoint
 from still_memory.drafts_table import name_of
-from still_memory.errors import ConflictError, UnknownSessionError, deleted
+from still_memory.errors import ConflictError, TaintedError, UnknownSessionError, deleted
 from still_memory.identity import ModelIdentity
 from still_memory.records import (
     MAX_SESSION_NAME,
@@ -26,6 +26,7 @@ from still_memory.records import (
     TurnRecord,
     check_session_name,
 )
+from still_memory.taint import Deleted, Forks, Taint
 
 
 class Store(Protocol):
@@ -71,7 +72,13 @@ class Store(Protocol):
         self, head: Head, made: Head, checkpoint: Checkpoint, turns: Sequence[NewTurn]
     ) -> Head: ...
 
-    def delete(self, session: str) -> None: ...
+    def tainted(self, turns: Collection[int]) -> list[Taint]: ...
+
+    def forget(self, turns: Collection[int], made: Sequence[tuple[Head, Head]]) -> list[Head]: ...
+
+    def scrub(self) -> None: ...
+
+    def delete(self, session: str, *, erase: bool = False, forks: Forks = "keep") -> Deleted: ...
 
     def close(self) -> None: ...
 
@@ -193,11 +200,49 @@ class EphemeralStore:
             self._sessions.pop(name_of(head.session_id), None)
             return self._advance(start, checkpoint, turns)
 
-    def delete(self, session: str) -> None:
+    def tainted(self, turns: Collection[int]) -> list[Taint]:
+        everyone = [held for name, held in self._sessions.items() if len(name) <= MAX_SESSION_NAME]
+        said = {_said(t) for held in everyone for t in held.turns if t.id in turns}
+        found = []
+        for held in everyone:
+            forgotten = tuple(t.number for t in held.turns if _said(t) in said)
+            if forgotten:
+                numbers = range(forgotten[0] + 1, held.head.turns + 1)
+                later = tuple(n for n in numbers if n not in forgotten)
+                quoting = taint.quotes(held.turns, forgotten, later)
+                head = held.head
+                found.append(
+                    Taint(head.session, head.session_id, head.generation, forgotten, later, quoting)
+                )
+        return found
+
+    def forget(self, turns: Collection[int], made: Sequence[tuple[Head, Head]]) -> list[Head]:
         with self._lock:
-            head = self._existing(session).head
-            del self._sessions[session]
-            self._sessions.pop(name_of(head.session_id), None)
+            taint.require_same(self.tainted(turns), [head for head, _ in made])
+            heads = []
+            for head, draft in made:
+                held, new = self._at(head), self._at(draft)
+                held.turns = new.turns
+                start = replace(head, model=draft.model, turn=draft.turn, turns=draft.turns)
+                heads.append(self._advance(start, replace(new.checkpoint, extra={}), []))
+                del self._sessions[draft.session]
+            return heads
+
+    def scrub(self) -> None:
+        """There is no file."""
+
+    def delete(self, session: str, *, erase: bool = False, forks: Forks = "keep") -> Deleted:
+        taint.check_choice(forks, Forks, "forks")
+        with self._lock:
+            others = self.tainted([turn.id for turn in self._existing(session).turns])
+            shared = [t for t in others if t.session != session]
+            if shared and forks == "refuse":
+                raise TaintedError(taint.told_shared(session, shared), shared)
+            gone = [session, *(t.session for t in shared if forks == "delete")]
+            ids = [self._sessions.pop(name).head.session_id for name in gone]
+            for identity in ids:
+                self._sessions.pop(name_of(identity), None)
+            return Deleted(tuple(gone), tuple(ids), tuple(shared) if forks == "keep" else ())
 
     def close(self) -> None:
         self._sessions.clear()
@@ -258,6 +303,11 @@ class EphemeralStore:
                 f"there is no session {session!r}; agent.session({session!r}) begins one"
             )
         return held
+
+
+def _said(turn: TurnRecord) -> tuple[object, ...]:
+    """What is the same in a turn's copies."""
+    return turn.role, turn.created, turn.text
 
 
 def _copy(turn: TurnRecord) -> TurnRecord:

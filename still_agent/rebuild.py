@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 from pydantic import JsonValue
@@ -25,7 +26,8 @@ from still_agent.replay import Restored, Retold, require_known, retell, tokens_o
 from still_agent.rolling import RollingState
 from still_agent.steps import KEYS, Steps
 from still_memory.checkpoint import Checkpoint
-from still_memory.errors import ConflictError, DamageError, UnknownSessionError
+from still_memory.errors import BudgetError, ConflictError, DamageError, UnknownSessionError
+from still_memory.portable import UNVERIFIED
 from still_memory.records import Head, NewTurn, TurnRecord
 
 SAVE_SECONDS = 5.0  # work that an interruption may cost
@@ -48,27 +50,8 @@ def rebuild(
         source = store.ledger(session)
         known = store.history(source)
         turns = _in_the_words_of(state.model, source, known)
-        draft = _Draft(store, source, known, state, steps.parts())
-        if not draft.taken_up():
-            pinned = turns[: int(source.settings.get("system") is not None)]
-            state.restore(Checkpoint((), 0))
-            state.pin([*state.model.tokenizer.start, *(t for turn in pinned for t in turn.tokens)])
-            draft.take(Retold(tuple(pinned), {}, frozenset()))
-        reused = state.length if draft.resumed else 0
-        compactions, begun = state.compactions, draft.turns
-        done, total = tokens_of(turns[:begun]), tokens_of(turns)
-        if on_progress is not None:
-            on_progress(done, total)
-        for retold in retell(state, state.model.tokenizer, turns[begun:], steps):
-            draft.take(retold)
-            if time.monotonic() - draft.saved >= SAVE_SECONDS:
-                draft.save()
-            done += tokens_of(retold.turns)
-            if on_progress is not None:
-                on_progress(done, total)
-        restored = Restored(
-            reused, state.length - reused, state.compactions - compactions, draft.differs
-        )
+        draft = Draft(store, source, known, state, {"parts": steps.parts()})
+        restored = draft.grow(turns, steps, on_progress)
         try:
             return draft.stand(), restored
         except (ConflictError, UnknownSessionError):
@@ -79,7 +62,7 @@ def rebuild(
     )
 
 
-class _Draft:
+class Draft:
     """The state on its way to a session's place: which of its turns it has, and what is saved."""
 
     def __init__(
@@ -88,28 +71,54 @@ class _Draft:
         source: Head,
         known: Sequence[TurnRecord],
         state: RollingState,
-        parts: dict[str, JsonValue],
+        settings: dict[str, JsonValue],
     ) -> None:
-        self.saved = time.monotonic()
-        self.resumed = False
+        self._saved = time.monotonic()
         self._store, self._source, self._known, self._state = store, source, known, state
         self._made = replace(
-            source, model=state.model.identity, turn=None, turns=0, settings={"parts": parts}
+            source, model=state.model.identity, turn=None, turns=0, settings=settings
         )
         self._rows: list[NewTurn] = []  # that follow `_made`, and are not saved yet
         self._differs: set[str] = set()
         if any(source.model.differences(self._made.model)):
             self._differs.add("model")
 
+    def grow(
+        self,
+        turns: Sequence[TurnRecord],
+        steps: Steps,
+        on_progress: OnReplay | None,
+        kept: Sequence[Head] = (),
+    ) -> Restored:
+        """Take in the turns that it does not have yet; how its state was come by.
+
+        turns: those of the ledger, in the words of the state's model.
+        kept: states of the session to begin from, the first that is whole, instead of nothing.
+        """
+        state = self._state
+        compactions = state.compactions
+        begun = self._taken_up() or self._begun_from(kept)
+        if not begun:
+            self._begin(turns)
+        reused = state.length if begun else 0
+        done, total = tokens_of(turns[: self._turns]), tokens_of(turns)
+        if on_progress is not None:
+            on_progress(done, total)
+        for retold in retell(state, state.model.tokenizer, turns[self._turns :], steps):
+            self._take(retold)
+            if time.monotonic() - self._saved >= SAVE_SECONDS:
+                self.save()
+            done += tokens_of(retold.turns)
+            if on_progress is not None:
+                on_progress(done, total)
+        differs = tuple(sorted(self._differs))
+        return Restored(reused, state.length - reused, state.compactions - compactions, differs)
+
     @property
-    def turns(self) -> int:
+    def _turns(self) -> int:
         return self._made.turns + len(self._rows)
 
-    @property
-    def differs(self) -> tuple[str, ...]:
-        return tuple(sorted(self._differs))
-
-    def taken_up(self) -> bool:
+    def _taken_up(self) -> bool:
         """Go on from a draft that was left, if it is of the same parts and the same turns."""
         try:
             left = self._store.draft(self._source)
@@ -123,7 +132,7 @@ class _Draft:
                     differs, list
                 ):
                     self._state.restore(checkpoint)
-                    self._made, self.resumed = left, True
+                    self._made = left
                     self._differs.update(map(str, differs))
                     return True
         except (ConflictError, DamageError, UnknownSessionError):
@@ -131,9 +140,28 @@ class _Draft:
         self._store.discard_draft(self._source)
         return False
 
-    def take(self, retold: Retold) -> None:
+    def _begun_from(self, kept: Sequence[Head]) -> bool:
+        """Begin from a state of the session itself, if one of them can be had."""
+        for head in kept:
+            with suppress(BudgetError, ConflictError, DamageError, UnknownSessionError):
+                checkpoint = self._store.load(head, device=self._state.model.device)
+                if UNVERIFIED not in checkpoint.extra:
+                    self._state.restore(checkpoint)
+                    self._made = replace(self._made, turn=head.turn, turns=head.turns)
+                    return True
+        return False
+
+    def _begin(self, turns: Sequence[TurnRecord]) -> None:
+        """Begin from nothing but the pinned prefix."""
+        pinned = tuple(turns[: int(self._source.settings.get("system") is not None)])
+        start = self._state.model.tokenizer.start
+        self._state.restore(Checkpoint((), 0))
+        self._state.pin([*start, *(t for turn in pinned for t in turn.tokens)])
+        self._take(Retold(pinned, {}, frozenset()))
+
+    def _take(self, retold: Retold) -> None:
         """Note turns that the state has taken in."""
-        before = self._known[self.turns : self.turns + len(retold.turns)]
+        before = self._known[self._turns : self._turns + len(retold.turns)]
         if not before:
             return
         self._differs |= retold.differs
@@ -150,11 +178,11 @@ class _Draft:
             for t in (*asked, replace(last, usage={**usage, **retold.log}))
         ]
 
-    def save(self) -> None:
-        """Put what there is into the store."""
+    def save(self) -> Head:
+        """Put what there is into the store; where it stands there."""
         told: dict[str, JsonValue] = {
-            "of": self._known[self.turns - 1].id if self.turns else None,
-            "differs": [*self.differs],
+            "of": self._known[self._turns - 1].id if self._turns else None,
+            "differs": [*sorted(self._differs)],
         }  # fmt: skip
         checkpoint = replace(self._state.checkpoint(), extra=told)
         try:
@@ -167,7 +195,8 @@ class _Draft:
                     "for that, and rebuild it again if there is still a need"
                 ) from None
             raise
-        self._rows, self.saved = [], time.monotonic()
+        self._rows, self._saved = [], time.monotonic()
+        return self._made
 
     def stand(self) -> Head:
         """Take the session's place."""
@@ -183,12 +212,12 @@ def _in_the_words_of(
     """
     theirs, ours = source.model, model.identity
     if (theirs.tokenizer, theirs.template) != (ours.tokenizer, ours.template):
-        turns = [_read(turn, model.tokenizer.message(turn.role, turn.text)) for turn in turns]
+        turns = [read_only(turn, model.tokenizer.message(turn.role, turn.text)) for turn in turns]
     require_known(turns, model.vocab_size, model.name)
     return turns
 
 
-def _read(turn: TurnRecord, tokens: list[int]) -> TurnRecord:
+def read_only(turn: TurnRecord, tokens: list[int]) -> TurnRecord:
     """A turn as one that is only read, whoever said it."""
     pinned = turn.parent is None and turn.role == "system" and not turn.usage
     usage: dict[str, JsonValue] = {"prefilled_tokens": len(tokens), "generated_tokens": 0}

@@ -116,12 +116,12 @@ def _exchanges(turns: Sequence[TurnRecord]) -> Iterator[tuple[TurnRecord, TurnRe
     at = 0
     while at < len(turns):
         asked, told = turns[at], turns[at + 1] if at + 1 < len(turns) else None
-        told = told if told is not None and _generated(told) else None
+        told = told if told is not None and generated(told) else None
         yield asked, told
         at += 1 if told is None else 2
 
 
-def _generated(turn: TurnRecord) -> int:
+def generated(turn: TurnRecord) -> int:
     """How many tokens the model chose for this turn; 0 for one that was read."""
     count = turn.usage.get("generated_tokens")
     return count if isinstance(count, int) else 0
@@ -131,14 +131,14 @@ def _tell_again(
     state: RollingState, tokenizer: Tokenizer, message: Sequence[int], told: TurnRecord
 ) -> str:
     """A reply, chosen by the ledger; its text."""
-    generated = _generated(told)
-    said = iter(told.tokens[len(tokenizer.reply_opening()) :][:generated])
+    count = generated(told)
+    said = iter(told.tokens[len(tokenizer.reply_opening()) :][:count])
     end = min(tokenizer.eos_ids)  # which one ended a reply is not kept, for none is ever fed
 
     def choose(_: Tensor) -> int:
         return next(said, end)
 
-    sampling = Sampling(max_tokens=generated, stop=_stop(told.usage.get("stop")))
+    sampling = Sampling(max_tokens=count, stop=_stop(told.usage.get("stop")))
     replying = answer(state, tokenizer, message, sampling, choose)
     while True:
         try:

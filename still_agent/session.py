@@ -21,6 +21,7 @@ from pydantic import JsonValue
 from still_agent.decode import answer
 from still_agent.ephemeral import Store
 from still_agent.events import OnReplay
+from still_agent.forget import Forgotten
 from still_agent.replay import Restored, replay
 from still_agent.reply import Reply, Usage
 from still_agent.rolling import RollingState
@@ -31,6 +32,9 @@ from still_agent.text import check_message, parts
 from still_memory.checkpoint import Checkpoint
 from still_memory.errors import ConflictError, InputError, StillError, deleted
 from still_memory.records import Head, Match, NewTurn, TurnRecord
+from still_memory.taint import Later
+
+Forget = Callable[[str, Sequence[int], Later, OnReplay | None], Forgotten]  # turns by their ids
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,7 @@ class Session:
         saved: Checkpoint,
         *,
         reopen: Callable[[Head], Session],
+        forget: Forget,
         sampling: Sampling,
         longest_message: int,
     ) -> None:
@@ -77,7 +82,7 @@ class Session:
         self._state, self._steps, self._store = state, steps, store
         self._tokenizer = state.model.tokenizer
         self._head, self._saved = head, saved
-        self._reopen = reopen
+        self._reopen, self._forget = reopen, forget
         self._sampling, self._longest = sampling, longest_message
         self._open: Pieces | None = None  # a stream that has begun and not ended
         self._busy = False  # inside a turn's computation
@@ -184,6 +189,40 @@ class Session:
         forked.restored = restored
         return forked
 
+    def forget(
+        self, *turns: int, later: Later = "refuse", on_replay: OnReplay | None = None
+    ) -> Forgotten:
+        """Take turns out of the store for good, by their numbers in `history`; in forks too.
+
+        Their text, their token ids, their words in the full-text index, and every state and span
+        that was computed from them are gone from the file's bytes when this returns. Sessions
+        that had them get a memory computed anew, without them, by this agent's parts; `restored`
+        tells how this one's was come by, and `on_replay` hears of the progress.
+
+        What was said later was computed from them and may quote them. later: what becomes of it,
+        in every session that had them:
+
+        - "refuse": if there is any, or another session that had them, a TaintedError lists it.
+        - "keep": the later words stay, and are read again. A reply whose message is forgotten
+          stays as text that was read.
+        - "forget": the later turns go too.
+
+        A message and the reply to it are two turns: name both to forget an exchange. Turns that
+        were left by rewinding go with the sessions' older states. What stops this has changed
+        nothing, and the same call goes on from its work; only an ErasureError comes when all is
+        done but for the bytes, because another process was reading the store.
+
+        Counts as a turn of another writer: an open stream is abandoned, and other processes'
+        objects of these sessions get a ConflictError. InputError for a turn that is not there and
+        for the system prompt, which is pinned; ConflictError if others write the sessions all
+        the while; IdentityError if one of them is of another model.
+        """
+        with self.lock:
+            self._require_idle()
+            self._require_open()
+            rows = self._rows_of(turns)
+        return self._forget(self.id, rows, later, on_replay)
+
     # -- what there is ------------------------------------------------------------------------
 
     @property
@@ -239,7 +278,7 @@ class Session:
 
     # -- for streams and agents ---------------------------------------------------------------
 
-    def forget(self) -> None:
+    def close_deleted(self) -> None:
         """The session was deleted: close this object, and have it say so."""
         self._deleted = True
         self.close()
@@ -371,6 +410,24 @@ class Session:
         differs = replay(state, self._tokenizer, turns[begun:], self._steps, on_replay)
         restored = Restored(reused, state.length - reused, state.compactions - compactions, differs)
         return replace(head, turn=turns[-1].id if turns else None, turns=at), restored
+
+    def _rows_of(self, numbers: Sequence[int]) -> list[int]:
+        """The ids of turns that may be forgotten."""
+        head = self._head
+        first = 1 + int(head.settings.get("system") is not None)
+        if not numbers or not all(isinstance(n, int) and first <= n <= head.turns for n in numbers):
+            raise InputError(
+                f"session {self.id!r} has turns {first} to {head.turns} to forget, and not "
+                f"{', '.join(map(repr, numbers))}; history() numbers them. What is pinned goes "
+                "with the session: agent.delete(id, erase=True)"
+            )
+        if self._current() != head:
+            raise ConflictError(
+                f"session {self.id!r} was moved on by another writer: open it again, and see "
+                "which turns it has now"
+            )
+        turns = self._store.history(head)
+        return [turns[n - 1].id for n in numbers]
 
     def _current(self) -> Head:
         """Where the store has the session now."""

@@ -14,11 +14,13 @@ import subprocess
 import sys
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner, Result
 
 from still_agent.cli.app import app, main
+from still_memory.errors import InputError, TaintedError
 from tests.conftest import tiny_model
 
 ROOT = Path(__file__).parent.parent
@@ -170,6 +172,46 @@ def test_sessions_are_listed_shown_and_deleted(store: Path, tmp_path: Path) -> N
     assert runner.invoke(app, ["sessions", "delete", "ålice", *at], input="n\n").exit_code == 1
     assert runner.invoke(app, ["sessions", "delete", "ålice", "--yes", *at]).exit_code == 0
     assert json.loads(runner.invoke(app, ["sessions", "list", "--json", *at]).stdout) == []
+
+
+def test_turns_are_forgotten_and_sessions_erased_to_the_last_byte(
+    store: Path, tmp_path: Path, tiny_folder: Path
+) -> None:
+    copy = tmp_path / "copy.db"
+    copy.write_bytes(store.read_bytes())
+    at = ["--store", str(copy), "--json"]
+    parts = ["--model", str(tiny_folder), *TINY_SLOTS]
+
+    def told(*arguments: str) -> Any:
+        done = CliRunner().invoke(app, ["sessions", *arguments, *at])
+        assert done.exit_code == 0, done.output
+        return json.loads(done.stdout)
+
+    def bytes_of() -> bytes:
+        return b"".join(file.read_bytes() for file in tmp_path.iterdir())
+
+    turns = [turn["text"] for turn in told("show", "ålice")]
+    said = str(turns.index("My sister Ana lives in Porto.") + 1)
+    told("fork", "ålice", "b")
+    (taint, fork) = told("forget", "ålice", said, "--dry-run")
+    assert (taint["session"], fork["session"], taint["forgotten"]) == ("ålice", "b", [int(said)])
+    assert len(taint["later"]) == len(turns) - int(said) and b"Porto" in bytes_of()
+    refused = CliRunner().invoke(app, ["sessions", "forget", "ålice", said, *at, *parts])
+    assert isinstance(refused.exception, TaintedError) and b"Porto" in bytes_of()
+    beyond = CliRunner().invoke(app, ["sessions", "forget", "ålice", "99", *at, *parts])
+    assert isinstance(beyond.exception, InputError)
+    told("forget", "ålice", said, "--later", "keep", *parts)
+    assert [t["text"] for t in told("show", "b")] == [
+        text for text in turns if text != "My sister Ana lives in Porto."
+    ]
+    assert b"Porto" not in bytes_of() and b"quiet afternoon" in bytes_of()
+    refused = CliRunner().invoke(app, ["sessions", "delete", "b", "--erase", *at])
+    assert isinstance(refused.exception, TaintedError)
+    assert told("delete", "b", "--forks", "keep")["shared"][0]["session"] == "ålice"
+    assert told("delete", "ålice", "--erase")["sessions"] == ["ålice"]
+    assert b"quiet afternoon" not in bytes_of()
+    done = CliRunner().invoke(app, ["store", "scrub", *at])
+    assert json.loads(done.stdout)["bytes"] == copy.stat().st_size
 
 
 def test_a_session_is_forked_rewound_and_taken_elsewhere(

@@ -18,10 +18,12 @@ if TYPE_CHECKING:
         CompactorError,
         ConflictError,
         DamageError,
+        ErasureError,
         IdentityError,
         InputError,
         StillError,
         StoreError,
+        TaintedError,
         UnknownSessionError,
     )
     from still_memory.findings import Finding, Report
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from still_memory.space import Space
     from still_memory.span import Slots, Span
     from still_memory.store import MemoryStore
+    from still_memory.taint import Deleted, Taint
 
 __all__ = [
     "BudgetError",
@@ -42,7 +45,9 @@ __all__ = [
     "CompactorIdentity",
     "ConflictError",
     "DamageError",
+    "Deleted",
     "Entry",
+    "ErasureError",
     "Finding",
     "Head",
     "IdentityError",
@@ -62,6 +67,8 @@ __all__ = [
     "StillError",
     "StoreError",
     "StoreStats",
+    "Taint",
+    "TaintedError",
     "TurnRecord",
     "UnknownSessionError",
     "check_store",
@@ -80,6 +87,7 @@ _HOMES = {
     "space": ("Space",),
     "span": ("Slots", "Span"),
     "store": ("MemoryStore",),
+    "taint": ("Deleted", "Taint"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 

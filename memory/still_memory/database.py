@@ -111,6 +111,17 @@ class StoreFile:
             finally:
                 conn.execute("pragma secure_delete = fast")
 
+    @contextmanager
+    def waiting(self, seconds: float | None) -> Iterator[None]:
+        """For others no longer than so; None: as long as ever."""
+        with self.connection() as conn:
+            try:
+                if seconds is not None:
+                    conn.execute(f"pragma busy_timeout = {int(1000 * seconds)}")
+                yield
+            finally:
+                conn.execute(f"pragma busy_timeout = {int(1000 * self._timeout)}")
+
     def close(self) -> None:
         if self._pid != os.getpid():  # a fork's lock may be held by a thread it does not have
             if self._conn is not None:
@@ -193,6 +204,7 @@ class StoreFile:
             "foreign_keys = on",
             "trusted_schema = off",
             "cell_size_check = on",
+            "temp_store = memory",  # what is deleted must not get into files elsewhere
             "secure_delete = fast",  # overwrite what is deleted, where it costs no extra write
             "wal_autocheckpoint = 256",
             "journal_size_limit = 67108864",

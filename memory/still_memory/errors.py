@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from still_memory.taint import Taint
+
 
 class StillError(Exception):
     """Base of every error that Still Agent raises on purpose."""
@@ -33,6 +39,21 @@ class DamageError(StoreError):
 
 class ConflictError(StoreError):
     """Another writer moved the session's head first."""
+
+
+class ErasureError(StoreError):
+    """No row holds what was erased, and the file or its log still does."""
+
+
+class TaintedError(StillError):
+    """More than what was named has to do with what is to go: `tainted` says what, by session.
+
+    Nothing was changed.
+    """
+
+    def __init__(self, message: str, tainted: Sequence[Taint]) -> None:
+        super().__init__(message)
+        self.tainted = tuple(tainted)
 
 
 class UnknownSessionError(StillError, KeyError):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from datetime import UTC, datetime
 
 from pydantic import JsonValue
@@ -162,6 +162,35 @@ def drop(
         dropped.append((last, row[1]))
         last = row[0]
     return dropped
+
+
+def copies(conn: sqlite3.Connection, tenant: int, turns: Collection[int]) -> set[int]:
+    """The ids of the tenant's turns that say what these say, in one role and at one moment.
+
+    These themselves, and rows that an import or a rebuild has made of them. Reads the time of
+    every turn, and the text of those that could be copies.
+    """
+    query = "select id, created from turns where tenant = ?"
+    chosen = "and id in (select value from json_each(?))"
+    own = conn.execute(f"{query} {chosen}", (tenant, to_json(sorted(turns), "ids"))).fetchall()
+    moments = {created for _, created in own}
+    alike = [row for row, created in conn.execute(query, (tenant,)) if created in moments]
+
+    def said(row: int) -> tuple[object, ...]:
+        found = conn.execute("select role, created, text from turns where id = ?", (row,))
+        return tuple(found.fetchone())
+
+    wanted = {said(row) for row, _ in own}
+    return {row for row in alike if said(row) in wanted}
+
+
+def collect(conn: sqlite3.Connection) -> None:
+    """Delete every turn that no checkpoint leads to. Their words stay in the index."""
+    conn.execute(
+        "with recursive led (id) as (select turn from checkpoints where turn not null"
+        " union select parent from led join turns using (id) where parent not null)"
+        " delete from turns where id not in (select id from led)"
+    )
 
 
 def _row(turn: NewTurn, now: str) -> tuple[str, str, str, bytes, str]:

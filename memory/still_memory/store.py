@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,13 +22,14 @@ from typing import Any, Self
 import torch
 from pydantic import JsonValue
 
-from still_memory import checkpoints_table, drafts_table, ledger, tenants, words
+from still_memory import checkpoints_table, drafts_table, erasure, ledger, taint, tenants, words
 from still_memory.checkpoint import Checkpoint
 from still_memory.database import StoreFile, give_back_pages
 from still_memory.errors import (
     ConflictError,
     DamageError,
     InputError,
+    TaintedError,
     UnknownSessionError,
     deleted,
 )
@@ -48,6 +49,7 @@ from still_memory.retention import Retention
 from still_memory.space import Space, measure
 from still_memory.span import Span
 from still_memory.spans_table import Packed, SpansTable
+from still_memory.taint import Deleted, Forks, Taint
 
 # A session and one of its checkpoints, as `_sealed` reads them.
 _STANDING = (
@@ -95,6 +97,7 @@ class MemoryStore:
             raise
         self._key = tenants.key_of(row[0], self.tenant)
         self._spans = SpansTable(self._key)
+        erasure.go_on(self._file)
 
     @property
     def path(self) -> Path:
@@ -327,8 +330,12 @@ class MemoryStore:
         settings = to_json(made.settings, "settings")
         name = drafts_table.name_of(head.session_id)
         with self._file.writing() as conn:
-            if not _stands(conn, self._owner(conn), head):
+            tenant = self._owner(conn)
+            if not _stands(conn, tenant, head):
                 raise deleted(head.session)
+            if head.turn is not None and not ledger.turn_exists(conn, tenant, head.turn):
+                # rows of the draft's own must not bring back what was forgotten
+                raise _moved_on(conn, tenant, head)
             start = replace(made, session=name, generation=0)
             begun, written = self._begin(conn, start, settings, checkpoint, packed, turns)
             told = head.session_id, begun.session_id
@@ -370,22 +377,85 @@ class MemoryStore:
         self._committed(packed, made.model, written)
         return new
 
-    def delete(self, session: str) -> None:
+    def tainted(self, turns: Collection[int]) -> list[Taint]:
+        """What each session has of the turns with these ids, and what followed them there.
+
+        Also sessions that have copies of them, by an import or a rebuild. Reads their turns.
+        """
+        with self._file.reading() as conn:
+            return taint.trace(conn, self._key, self._owner(conn), turns)[1]
+
+    def forget(self, turns: Collection[int], made: Sequence[tuple[Head, Head]]) -> list[Head]:
+        """Take the turns with these ids out of the store, with all that was computed after them.
+
+        `made`: for each session that `tainted` names its head, and that of the draft that was
+        made without them. One transaction puts the drafts in the sessions' places and deletes the
+        turns, every state and span that they entered, and their words from the index. What is
+        deleted is in the file's bytes until `scrub`.
+
+        ConflictError, and nothing is changed, if a session has moved on, or another one has the
+        turns by now.
+        """
+        now = _now()
+        with self._file.overwriting() as conn:
+            rows, found = taint.trace(conn, None, self._owner(conn), turns)
+            taint.require_same(found, [head for head, _ in made])
+            heads = [self._replace(conn, head, draft, now) for head, draft in made]
+            taint.drop_states(conn, rows)
+            taint.collect(conn)
+            words.erase(conn)
+            erasure.mark(conn)
+        return heads
+
+    def delete(self, session: str, *, erase: bool = False, forks: Forks = "keep") -> Deleted:
         """Forget a session: its text, words and spans are overwritten in the file.
 
-        What its forks share stays. Takes time in proportion to the text that stays, whose words
-        are indexed anew.
+        What other sessions share stays theirs, copies by an import or a rebuild too, unless
+        `forks` is "delete", which deletes them with it; "refuse" is a TaintedError if there are
+        any. With `erase`, what the file still holds of it, and of anything deleted before, is
+        for `scrub`. Takes time in proportion to the text that stays, whose words are indexed anew.
         """
         check_session_name(session)
-        with self._file.erasing() as conn:
-            query = "select id, generation from sessions where tenant = ? and name = ?"
-            row = conn.execute(query, (self._owner(conn), session)).fetchone()
+        taint.check_choice(forks, Forks, "forks")
+        with self._file.overwriting() if erase else self._file.erasing() as conn:
+            tenant = self._owner(conn)
+            query = "select id, name from sessions where tenant = ? and name = ?"
+            row = conn.execute(query, (tenant, session)).fetchone()
             if row is None:
                 raise _unknown(session)
-            drafts_table.drop(conn, row[0])
-            checkpoints_table.collect(conn, *row)
-            conn.execute("delete from sessions where id = ?", row[:1])
+            own = "select turn from checkpoints where session = ?"
+            turns = {t for (last,) in conn.execute(own, row[:1]) for t in ledger.way(conn, last)}
+            rows, held = taint.trace(conn, None, tenant, turns)
+            shared = [t for t in held if t.session_id != row[0]]
+            if shared and forks == "refuse":
+                raise TaintedError(taint.told_shared(session, shared), shared)
+            gone = [row, *((t.session_id, t.session) for t in shared if forks == "delete")]
+            for identity, _ in gone:
+                drafts_table.drop(conn, identity)
+                (newest,) = conn.execute(
+                    "select generation from sessions where id = ?", (identity,)
+                ).fetchone()
+                checkpoints_table.collect(conn, identity, newest)
+                conn.execute("delete from sessions where id = ?", (identity,))
+            if erase:
+                taint.drop_states(conn, rows - taint.said_now(conn, tenant))
+                taint.collect(conn)
+                erasure.mark(conn)
             words.erase(conn)
+        ids, names = zip(*gone, strict=True)
+        return Deleted(names, ids, tuple(shared) if forks == "keep" else ())
+
+    def scrub(self) -> None:
+        """Have the file hold nothing that no session leads to, whenever it was deleted.
+
+        Writes it anew and empties its log. Takes time, and room on the disk, in proportion to
+        it; writers wait meanwhile. Called after `forget` and `delete`; where it was not, the next
+        to open the store does it.
+
+        ErasureError if another process reads the store for longer than its timeout: then the log
+        still holds what was deleted.
+        """
+        erasure.scrub(self._file)
 
     def reindex(self) -> None:
         """Build the index of words anew from the turns that are there.
@@ -550,6 +620,40 @@ class MemoryStore:
             [(identity, row) for row in held],
         )
         return replace(new_head, checkpoint=identity), written + len(entries) + len(extra)
+
+    def _replace(self, conn: sqlite3.Connection, head: Head, draft: Head, now: str) -> Head:
+        """Put a saved draft in place of the session's own state; its spans are not read."""
+        settings = self._settings(conn, head)
+        self._settings(conn, draft)
+        query = f"{_STANDING} and c.generation = s.generation where s.id = ?"
+        row = conn.execute(query, (draft.session_id,)).fetchone()
+        made = self._sealed(conn, draft.session, row)
+        slots, size, entries = row[9:12]
+        content = slots, size, entries, "{}"
+        conn.execute(
+            "update sessions set generation = ?, updated = ?, model = ? where id = ?",
+            (head.generation + 1, now, self._model_id(conn, made.model), head.session_id),
+        )
+        new = replace(
+            head,
+            generation=head.generation + 1,
+            turn=made.turn,
+            turns=made.turns,
+            tokens=made.tokens,
+            model=made.model,
+        )
+        last_turn = ledger.turn_digest(conn, self._owner(conn), new.turn)
+        mark = checkpoints_table.seal(self._key, new, last_turn, settings, content)
+        new = replace(new, checkpoint=checkpoints_table.insert(conn, new, content, mark))
+        conn.execute(
+            "insert into checkpoint_spans (checkpoint, span)"
+            " select ?, span from checkpoint_spans where checkpoint = ?",
+            (new.checkpoint, made.checkpoint),
+        )
+        drafts_table.drop(conn, head.session_id)
+        for turn in checkpoints_table.collect(conn, head.session_id, head.generation):
+            words.remove(conn, *turn)
+        return new
 
     def _committed(self, packed: Mapping[Span, Packed], model: ModelIdentity, written: int) -> None:
         for span, pack in packed.items():

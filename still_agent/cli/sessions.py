@@ -1,4 +1,4 @@
-"""`still-agent sessions`: what a store holds. No model is loaded, but to replay turns."""
+"""`still-agent sessions`: what a store holds. No model is loaded, but to read turns again."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import unicodedata
 from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -29,10 +29,11 @@ if TYPE_CHECKING:
     from still_agent.replay import Restored
     from still_memory.records import Head
     from still_memory.store import MemoryStore
+    from still_memory.taint import Taint
 
 app = typer.Typer(
     help="List, show, search, fork, rewind, rebuild, export, import and delete the sessions of a "
-    "store.",
+    "store, and forget their turns.",
     no_args_is_help=True,
 )
 
@@ -260,22 +261,95 @@ def import_session(
 
 
 @app.command()
+@with_parts
+def forget(
+    parts: Parts,
+    name: str,
+    turns: Annotated[list[int], typer.Argument(help="As `show` numbers them.")],
+    store: StorePath = DEFAULT_STORE,
+    tenant: Tenant = "",
+    later: Annotated[
+        Literal["refuse", "keep", "forget"],
+        typer.Option(help="What becomes of the turns said after them."),
+    ] = "refuse",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what has them.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Take turns out of the store for good, forks included, with all that was computed from them.
+
+    The memory of each session that had them is computed anew without them. Whatever was said later
+    may quote them: it is listed and nothing is done, unless --later says what becomes of it.
+    """
+    with closing(existing_store(store, tenant)) as memory:
+        tainted = memory.tainted(_rows(memory, name, turns))
+    if dry_run:
+        return _tell_tainted(tainted, as_json)
+    if not (yes or as_json or later == "refuse"):
+        _tell_tainted(tainted, as_json)
+        typer.confirm("Forget them, and compute the memory of these sessions anew?", abort=True)
+    with parts.load(store, tenant=tenant) as agent, reading(f"reading {name!r} again") as show:
+        agent.session(name).forget(*turns, later=later, on_replay=show)
+    if as_json:
+        _tell_tainted(tainted, as_json)
+    else:
+        names = ", ".join(repr(printable(taint.session)) for taint in tainted)
+        Console().print(f"forgotten in {names}: no byte of it is left in {store}", markup=False)
+
+
+@app.command()
 def delete(
     name: str,
     store: StorePath = DEFAULT_STORE,
     tenant: Tenant = "",
+    erase: Annotated[
+        bool, typer.Option("--erase", help="Leave no byte of it, or of what was deleted before.")
+    ] = False,
+    forks: Annotated[
+        Literal["refuse", "keep", "delete"] | None,
+        typer.Option(help="What becomes of sessions that share its turns (default: keep; with "
+                     "--erase, refuse)."),
+    ] = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     as_json: AsJson = False,
-) -> None:
+) -> None:  # fmt: skip
     """Delete a session: its turns, its memory, its text."""
     with closing(existing_store(store, tenant)) as memory:
         if not (yes or as_json):
-            typer.confirm(f"Delete the session {name!r} with all its text?", abort=True)
-        memory.delete(name)
+            also = ", and those that share its turns," if forks == "delete" else ""
+            typer.confirm(f"Delete the session {name!r}{also} with all its text?", abort=True)
+        deleted = memory.delete(name, erase=erase, forks=forks or ("refuse" if erase else "keep"))
+        if erase:
+            memory.scrub()
     if as_json:
-        print_json({"deleted": name})
-    else:
-        Console().print(f"deleted {name!r}", markup=False)
+        print_json({"deleted": name, **asdict(deleted)})
+        return
+    console = Console(highlight=False)
+    console.print(f"deleted {', '.join(map(repr, deleted.sessions))}", markup=False)
+    for taint in deleted.shared:
+        console.print(printable(f"what it shared stays: {taint}"), markup=False)
+
+
+def _rows(memory: MemoryStore, name: str, turns: list[int]) -> list[int]:
+    """The ids of a session's turns."""
+    from still_memory.errors import InputError
+
+    rows = {turn.number: turn.id for turn in memory.history(memory.ledger(name))}
+    if missing := [n for n in turns if n not in rows]:
+        raise InputError(
+            f"session {name!r} has {len(rows)} turns, and none with the number "
+            f"{', '.join(map(str, missing))}; `show` numbers them"
+        )
+    return [rows[n] for n in turns]
+
+
+def _tell_tainted(tainted: list[Taint], as_json: bool) -> None:
+    if as_json:
+        print_json([asdict(taint) for taint in tainted])
+        return
+    console = Console(highlight=False, soft_wrap=True)
+    for taint in tainted:
+        console.print(printable(str(taint)), markup=False)
 
 
 def _kept(memory: MemoryStore, name: str, at: int | None, replay: bool) -> tuple[Head, Head] | None:

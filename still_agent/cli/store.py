@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from still_memory.prune import Pruned
 
 app = typer.Typer(
-    help="Check a store for damage, show what takes its space, and prune it.",
+    help="Check a store for damage, show what takes its space, prune it, and scrub it.",
     no_args_is_help=True,
 )
 
@@ -155,6 +155,18 @@ def reindex(store: StorePath = DEFAULT_STORE, as_json: AsJson = False) -> None:
         print_json({"reindexed": str(store)})
     else:
         Console().print(f"the index of {store} holds the words of its turns", markup=False)
+
+
+@app.command()
+def scrub(store: StorePath = DEFAULT_STORE, as_json: AsJson = False) -> None:
+    """Leave no byte in the file of what was deleted from it: it is written anew."""
+    told = Console(stderr=True).status("writing the file anew")
+    with closing(existing_store(store)) as memory, told:
+        memory.scrub()
+    if as_json:
+        print_json({"scrubbed": str(store), "bytes": store.stat().st_size})
+    else:
+        Console().print(f"{store} holds what its sessions hold, and nothing else", markup=False)
 
 
 def _tell_pruned(pruned: Pruned) -> None:
