@@ -16,6 +16,8 @@ from still_agent.reply import Draft, Finish
 from still_agent.rolling import RollingState
 from still_agent.sampling import Sampler, Sampling
 
+BLOCK = 2  # tokens that open and close a reasoning block
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -35,13 +37,16 @@ def answer(
     message: Sequence[int],
     sampling: Sampling,
     choose: Callable[[Tensor], int] | None = None,
+    reasoning: int | None = None,
 ) -> Generator[str, None, Answer]:
     """Take in a message and reply to it: text pieces, then the `Answer`.
 
-    `choose` takes logits `(vocab,)` to the next token; by default `sampling` does. Nothing
+    `choose` takes logits `(vocab,)` to the next token; by default `sampling` does. `reasoning`:
+    the most tokens of it, beside `sampling.max_tokens` of what is shown; at 0 the reply opens
+    without, where the template knows how. By default reasoning is part of `max_tokens`. Nothing
     undoes what is abandoned half way: that is for whoever holds a checkpoint.
     """
-    opening = tokenizer.reply_opening()
+    opening = tokenizer.reply_opening(thinking=reasoning != 0)
     draft = Draft(tokenizer, sampling.stop, opening)
     choose = choose or Sampler(sampling)
     # A place to go back to, where something of the reply may have to leave memory again.
@@ -56,11 +61,15 @@ def answer(
     ids: list[int] = []
     fed = list(opening)
     finish: Finish = "length"
-    while len(ids) < sampling.max_tokens:
+    most = sampling.max_tokens + (0 if reasoning is None else reasoning + BLOCK)
+    while len(ids) < most and draft.shown_tokens < sampling.max_tokens:
         if ids:
             logits = state.step(ids[-1])
             fed.append(ids[-1])
-        ids.append(token := choose(logits))
+        token = choose(logits)
+        if reasoning is not None:
+            token = draft.bounded(token, reasoning)
+        ids.append(token)
         if token in tokenizer.eos_ids:
             finish = "stop"
             break

@@ -63,6 +63,14 @@ class Draft:
     def opens_thinking(self, token: int) -> bool:
         return token == self._think[0] and not self.thinking
 
+    def bounded(self, token: int, most: int) -> int:
+        """The next token: `token`, or what closes a reasoning block of `most` tokens."""
+        closes = self._think[1]
+        if not self.thinking or closes is None:
+            return token
+        within = sum(one not in self._think for one in self._reasoning)
+        return token if within < most else closes
+
     def push(self, token: int) -> str:
         """Take a generated token, not the one that ends a reply; the text to show now."""
         if self._thought(token):
@@ -91,6 +99,11 @@ class Draft:
         """Ids of the reply that memory keeps: opening, visible body, closing."""
         ids = [*self.opening, *self._kept]
         return [*ids, *self._tokenizer.reply_closing(ids[-1] if ids else -1)]
+
+    @property
+    def shown_tokens(self) -> int:
+        """Tokens generated, reasoning left out."""
+        return len(self._kept)
 
     def so_far(self) -> int:
         """How many of `remembered` are there by now; a stop string may yet take some."""

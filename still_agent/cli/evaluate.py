@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
@@ -13,52 +13,82 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from still_agent.cli.options import AsJson, Compactor, Model
+from still_agent.cli.options import AsJson, Compactor, Device, Dtype, Model, with_options
 
 if TYPE_CHECKING:
     from still_agent.evaluation.bench import Bench, Report
+    from still_agent.evaluation.methods import Cells
     from still_agent.evaluation.rows import Row
 
 app = typer.Typer(help="Measure what a compact cache still knows.", no_args_is_help=True)
 T = TypeVar("T", int, float, str)
 QUICK = "niah_single_2,niah_multikey_2,vt,cwe,exact,edited,bindings,chat"
 
-Methods = Annotated[str, typer.Option(help="Names after commas, or all.")]
-Ratios = Annotated[str, typer.Option(help="Tokens a slot.")]
-Rounds = Annotated[str, typer.Option(help="Compactions, each of its own output.")]
-SelfStudy = Annotated[
-    str | None, typer.Option(help="For cartridges: requests, turns (reference), passages.")
-]
-Conversations = Annotated[int, typer.Option(help="Of a cartridge's self-study.")]
-Steps = Annotated[int, typer.Option(help="Of a cartridge's training.")]
 Out = Annotated[Path, typer.Option(help="Folder of rows and plot; goes on if begun.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...")]
-Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, ...")]
 
 console = Console(stderr=True)
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What is measured, whatever it is asked about, as options."""
+
+    model: Model = "reference"
+    compactor: Compactor = None
+    methods: Annotated[str, typer.Option(help="Names after commas, or all.")] = "all"
+    ratios: Annotated[str, typer.Option(help="Tokens a slot.")] = "8"
+    rounds: Annotated[str, typer.Option(help="Compactions, each of its own output.")] = "1"
+    reasoning: Annotated[
+        int, typer.Option(min=0, help="Tokens of it before a reply; they are not scored.")
+    ] = 0
+    self_study: Annotated[
+        str | None, typer.Option(help="For cartridges: requests, turns (reference), passages.")
+    ] = None
+    conversations: Annotated[int, typer.Option(help="Of a cartridge's self-study.")] = 16
+    steps: Annotated[int, typer.Option(help="Of a cartridge's training.")] = 120
+    device: Device = None
+    dtype: Dtype = None
+
+    def cells(self) -> Cells:
+        """Which methods, at which ratios and after how many rounds."""
+        from still_agent.evaluation.methods import METHODS, Cells, own
+
+        methods = METHODS if self.methods == "all" else _split(self.methods, str)
+        if self.methods == "all" and self.model != "reference" and self.compactor is None:
+            console.print("No --compactor is given for this model: Still is left out.",
+                          style="yellow")  # fmt: skip
+            methods = tuple(method for method in METHODS if not own(method))
+        return Cells(methods, _split(self.ratios, float), _split(self.rounds, int))
+
+    def bench(self) -> Bench:
+        """The model, loaded, and how its cartridges are trained."""
+        from still_agent.evaluation.bench import Bench
+        from still_agent.evaluation.self_study import Study
+        from still_agent.models.loading import load_model
+
+        way = self.self_study or ("turns" if self.model == "reference" else "requests")
+        study = Study(way, self.conversations, self.steps)
+        with console.status("loading"):
+            model = load_model(self.model, device=self.device, dtype=self.dtype)
+        return Bench(model, self.compactor, self.model, study, reasoning=self.reasoning)
+
+
+with_measured = with_options(Measured, "what")
+
+
 @app.command()
+@with_measured
 def ruler(
-    model: Model = "reference",
-    compactor: Compactor = None,
-    methods: Methods = "all",
+    what: Measured,
     tasks: Annotated[str, typer.Option(help="Names after commas, or all, or quick.")] = "quick",
     lengths: Annotated[str, typer.Option(help="Tokens of a context.")] = "1024",
-    ratios: Ratios = "8",
-    rounds: Rounds = "1",
     samples: Annotated[int, typer.Option(help="Contexts of each task and seed.")] = 2,
     seeds: Annotated[str, typer.Option(help="Numbers after commas.")] = "0,1,2",
     qa_1: Annotated[Path | None, typer.Option("--qa-1", help="A file in SQuAD's format.")] = None,
     qa_2: Annotated[Path | None, typer.Option("--qa-2", help="One in HotpotQA's.")] = None,
     shares: Annotated[Path | None, typer.Option(help="Of layers, for NAME+shares (JSON).")] = None,
     haystack: Annotated[Path | None, typer.Option(help="A plain text (default: a novel).")] = None,
-    self_study: SelfStudy = None,
-    conversations: Conversations = 16,
-    steps: Steps = 120,
     out: Out = Path("still-eval"),
-    device: Device = None,
-    dtype: Dtype = None,
     as_json: AsJson = False,
 ) -> None:
     """RULER's thirteen tasks and four of our own, for any methods, ratios, lengths and rounds."""
@@ -72,16 +102,15 @@ def ruler(
     from still_agent.text import file_text
 
     grid = Grid(
+        **vars(what.cells()),
         tasks=tuple(TASKS) if tasks == "all" else _split(QUICK if tasks == "quick" else tasks, str),
-        methods=_methods(methods, model, compactor), ratios=_split(ratios, float),
-        rounds=_split(rounds, int), lengths=_split(lengths, int), samples=samples,
-        seeds=_split(seeds, int),
+        lengths=_split(lengths, int), samples=samples, seeds=_split(seeds, int),
     )  # fmt: skip
     files = {"qa_1": qa_1, "qa_2": qa_2}
     known = TASKS | {name: asking_of(file) for name, file in files.items() if file is not None}
     prose = Prose([book() if haystack is None else file_text(haystack)])
     shared = () if shares is None else shares_of(shares)
-    bench = _bench(model, compactor, device, dtype, self_study, conversations, steps)
+    bench = what.bench()
     bench.shares = shared
     _begin(out)
     with _reported(bench) as report:
@@ -95,40 +124,31 @@ def ruler(
 
 
 @app.command()
+@with_measured
 def summary(
+    what: Measured,
     data: Annotated[Path, typer.Option(help="JSON Lines in LongBench's or HELMET's format.")],
-    model: Model = "reference",
-    compactor: Compactor = None,
-    methods: Methods = "all",
-    ratios: Ratios = "8",
-    rounds: Rounds = "1",
     samples: Annotated[int | None, typer.Option(min=1, help="Lines (default: all).")] = None,
     request: Annotated[str | None, typer.Option(help="For lines that have none.")] = None,
     max_tokens: Annotated[int, typer.Option(help="Of a summary.")] = 256,
     judge: Annotated[
         str | None, typer.Option(help="module:function that prefers one of two summaries.")
     ] = None,
-    self_study: SelfStudy = None,
-    conversations: Conversations = 16,
-    steps: Steps = 120,
     out: Out = Path("still-summaries"),
-    device: Device = None,
-    dtype: Dtype = None,
     as_json: AsJson = False,
 ) -> None:
     """Summaries of your documents, scored by ROUGE and, if you have one, by a judge."""
     from still_agent.cli.tables import show
     from still_agent.evaluation import standings as found
     from still_agent.evaluation.judge import judge_of, judged, wins
-    from still_agent.evaluation.methods import Cells
     from still_agent.evaluation.rouge import MEASURES
     from still_agent.evaluation.rows import header
     from still_agent.evaluation.summaries import REQUEST, documents, summarise
 
-    cells = Cells(_methods(methods, model, compactor), _split(ratios, float), _split(rounds, int))
+    cells = what.cells()
     documented = documents(data, request or REQUEST)[:samples]
     preferred = judge_of(judge) if judge else None
-    bench = _bench(model, compactor, device, dtype, self_study, conversations, steps)
+    bench = what.bench()
     _begin(out)
     file = out / "rows.jsonl"
     with _reported(bench) as report:
@@ -159,17 +179,6 @@ def summary(
     console.print(f"rows and plot: {out}", markup=False)
 
 
-def _methods(names: str, model: str, compactor: str | None) -> tuple[str, ...]:
-    from still_agent.evaluation.methods import METHODS, own
-
-    if names != "all":
-        return _split(names, str)
-    if model == "reference" or compactor is not None:
-        return METHODS
-    console.print("No --compactor is given for this model: Still is left out.", style="yellow")
-    return tuple(method for method in METHODS if not own(method))
-
-
 def _begin(out: Path) -> None:
     """Make the folder. InputError if it cannot be."""
     from still_memory.errors import InputError
@@ -178,20 +187,6 @@ def _begin(out: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot make the folder {out}: {error.strerror}; name another") from None
-
-
-def _bench(
-    model: str, compactor: str | None, device: str | None, dtype: str | None,
-    way: str | None, conversations: int, steps: int,
-) -> Bench:  # fmt: skip
-    """The model, loaded, and how its cartridges are trained."""
-    from still_agent.evaluation.bench import Bench
-    from still_agent.evaluation.self_study import Study
-    from still_agent.models.loading import load_model
-
-    study = Study(way or ("turns" if model == "reference" else "requests"), conversations, steps)
-    with console.status("loading"):
-        return Bench(load_model(model, device=device, dtype=dtype), compactor, model, study)
 
 
 @contextmanager

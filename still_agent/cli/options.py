@@ -61,19 +61,28 @@ class Parts:
             )  # fmt: skip
 
 
-def with_parts(command: Callable[..., None]) -> Callable[..., None]:
-    """A command whose parameter `parts` is given by options, one for each field of `Parts`."""
-    parts = inspect.signature(Parts, eval_str=True).parameters
-    own = dict(inspect.signature(command, eval_str=True).parameters)
-    del own["parts"]
+Command = Callable[..., None]
 
-    @wraps(command)
-    def run(**options: Any) -> None:
-        command(**{name: options[name] for name in own}, parts=Parts(**{
-            name: options[name] for name in parts
-        }))  # fmt: skip
 
-    told = [p.replace(kind=p.KEYWORD_ONLY) for p in (*own.values(), *parts.values())]
-    run.__signature__ = inspect.Signature(told)  # type: ignore[attr-defined]
-    run.__annotations__ = {p.name: p.annotation for p in told}
-    return run
+def with_options(group: type, name: str) -> Callable[[Command], Command]:
+    """For commands whose parameter `name` is given by options, one for each field of `group`."""
+
+    def wrapped(command: Command) -> Command:
+        fields = inspect.signature(group, eval_str=True).parameters
+        own = dict(inspect.signature(command, eval_str=True).parameters)
+        del own[name]
+
+        @wraps(command)
+        def run(**options: Any) -> None:
+            made = group(**{field: options.pop(field) for field in fields})
+            command(**options, **{name: made})
+
+        told = [p.replace(kind=p.KEYWORD_ONLY) for p in (*own.values(), *fields.values())]
+        run.__signature__ = inspect.Signature(told)  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in told}
+        return run
+
+    return wrapped
+
+
+with_parts = with_options(Parts, "parts")

@@ -69,6 +69,7 @@ class Bench:
     study: Study = field(default_factory=Study)
     watch: Watch = lambda *_: None  # while slots are fitted
     shares: Shares = ()  # of rivals that are dealt out unequally; (): those of its compactor
+    reasoning: int = 0  # tokens granted to it before each reply; they are not scored
     _made: dict[str, Compactor] = field(default_factory=dict)
 
     def measure(
@@ -82,6 +83,8 @@ class Bench:
         made = {OWN if own(m) else m for m in cells.methods if own(m) or trained(m)}
         compactors = {method: self.compactor(method).identity.address for method in sorted(made)}
         header: Row = {"model": self.model.identity.address, **compactors, **about}
+        if self.reasoning:
+            header["reasoning"] = self.reasoning
         if CARTRIDGES in cells.methods:
             header[CARTRIDGES] = asdict(self.study)
         if any(shared(m) or m.startswith("told-") for m in cells.methods) and self.dealt:
@@ -198,8 +201,8 @@ class Context:
 
     def ask(self, remembered: Checkpoint, question: Question) -> str:
         """The greedy reply on top of what is remembered, which stays as it is."""
-        sampling = Sampling(max_tokens=self.item.longest)
-        return reply(self.bench.model, remembered, question.text, sampling)
+        bench, sampling = self.bench, Sampling(max_tokens=self.item.longest)
+        return reply(bench.model, remembered, question.text, sampling, bench.reasoning)
 
     def _state(self, compactor: Compactor) -> RollingState:
         return RollingState(self.bench.model, compactor, Budget(slots=max(16, len(self.ids))))

@@ -61,7 +61,7 @@ def render(tokenizer: Tokenizer, lines: Iterable[Line]) -> tuple[list[int], list
     """Token ids of whole messages, and which of them a model should say itself."""
     ids: list[int] = []
     said: list[bool] = []
-    opening = len(tokenizer.reply_opening())
+    opening = len(tokenizer.frames["assistant"].opening)
     for line in lines:
         message = tokenizer.message(line.role, line.text)
         ids += message

@@ -51,12 +51,13 @@ def measure(
     Raises InputError if `out` is of another model or cannot be read, or if a length does not fit
     the model's window.
     """
-    model = bench.model
-    if (longest := max(grid.lengths)) + ROOM > model.window:
+    model, room = bench.model, ROOM + bench.reasoning
+    if (longest := max(grid.lengths)) + room > model.window:
+        less = "" if room == ROOM else ", or grant less reasoning"
         raise InputError(
             f"a context of {longest} tokens and its question do not fit the window of "
             f"{model.window} that {model.name!r} was trained for: ask for "
-            f"{model.window - ROOM} or fewer"
+            f"{max(model.window - room, 0)} or fewer{less}"
         )
 
     def item(name: str, length: int, seed: int, sample: int) -> Item:

@@ -19,6 +19,7 @@ from typing import Any
 
 from still_agent.evaluation.bench import Bench, Item, Report
 from still_agent.evaluation.dialogues import Dialogue, Line, Question, render
+from still_agent.evaluation.exam import room_for
 from still_agent.evaluation.methods import Cells
 from still_agent.evaluation.rouge import Rouge, rouge
 from still_agent.evaluation.rows import PLACE, Row
@@ -126,8 +127,7 @@ def _require_fit(bench: Bench, cells: Cells, document: Document, longest: int) -
     tokenizer = model.tokenizer
     try:
         tokens = len(tokenizer.start) + len(render(tokenizer, document.talk().context)[0])
-        asked = len(tokenizer.message("user", document.request))
-        room = model.window - asked - len(tokenizer.reply_opening()) - longest
+        room = model.window - room_for(tokenizer, document.request, longest, bench.reasoning)
         if tokens > room:
             raise InputError(
                 f"the context takes {tokens} tokens, and the window of {model.window} leaves room "

@@ -64,8 +64,9 @@ class Tokenizer(Protocol):
         """A whole message: opening, body, closing. InputError for an unknown role."""
         ...
 
-    def reply_opening(self) -> list[int]:
-        """What to feed before the model's reply."""
+    def reply_opening(self, *, thinking: bool = True) -> list[int]:
+        """What to feed before the model's reply; without `thinking`, before one that goes without
+        reasoning, where the template knows how to ask for it."""
         ...
 
     def reply_closing(self, last_id: int) -> list[int]:
@@ -93,6 +94,7 @@ class Framed(ABC):
 
     frames: dict[str, Frame]
     opening: list[int]  # of a reply
+    direct: list[int]  # of one without reasoning
 
     @abstractmethod
     def encode(self, text: str) -> list[int]: ...
@@ -110,8 +112,8 @@ class Framed(ABC):
             )
         return [*frame.opening, *self.encode(text), *frame.closing]
 
-    def reply_opening(self) -> list[int]:
-        return list(self.opening)
+    def reply_opening(self, *, thinking: bool = True) -> list[int]:
+        return list(self.opening if thinking else self.direct)
 
     def reply_closing(self, last_id: int) -> list[int]:
         closing = self.frames["assistant"].closing
@@ -186,7 +188,7 @@ class TiktokenTokenizer(Framed):
         }
         if "assistant" not in self.frames:
             raise InputError(f"{folder}: the chat template has no assistant token; add one")
-        self.opening = self.frames["assistant"].opening
+        self.opening = self.direct = self.frames["assistant"].opening
         identity = [config["pattern"], special, {t.hex(): r for t, r in ranks.items()}]
         self.digest = _digest([*identity, sorted(self.eos_ids), think])
 
@@ -283,14 +285,17 @@ class HubTokenizer(Framed):
             for role, text in opening.items()
         }
         self.opening = self._control(opened[-1].removeprefix(closing["user"]))
+        # As Qwen3's templates are told; one that knows no such switch ignores it.
+        direct = self._render("system", "user", reply=True, enable_thinking=False) or opened
+        self.direct = self._control(direct[-1].removeprefix(closing["user"]))
 
-    def _render(self, *roles: str, reply: bool = False) -> list[str] | None:
+    def _render(self, *roles: str, reply: bool = False, **options: bool) -> list[str] | None:
         """The text between sentinel bodies, or None if the template refuses or hides one."""
         bodies = [f"sentinel{i}body" for i in range(len(roles))]
         messages = [{"role": r, "content": b} for r, b in zip(roles, bodies, strict=True)]
         try:
             text: str = self._hub.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=reply
+                messages, tokenize=False, add_generation_prompt=reply, **options
             )
         except Exception:  # a template raises whatever it likes
             return None

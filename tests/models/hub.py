@@ -8,6 +8,8 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast
 
+from tests.conftest import tiny_model
+
 # As Qwen3's: an empty reasoning block before a reply that comes last, and a default system
 # prompt where none is given. Neither may reach a message.
 CHATML = """
@@ -21,6 +23,14 @@ CHATML = """
 {%- endif %}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}
 """.strip()
+# As Qwen3's: a reply may reason, unless an empty block before it says that it has.
+HYBRID = CHATML.replace(
+    "assistant\n' }}{% endif %}",
+    "assistant\n' }}{% if enable_thinking is defined and enable_thinking is false %}"
+    "{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}",
+)
+# As Qwen3-Thinking's: every reply reasons, whatever is asked for.
+THINKING = CHATML.replace("assistant\n' }}{% endif %}", "assistant\n<think>\n' }}{% endif %}")
 QWEN_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -56,3 +66,9 @@ def build_hub(folder: Path, template: str | None = CHATML) -> Path:
     hub.chat_template = template
     hub.save_pretrained(folder)
     return folder
+
+
+def build_model(folder: Path, template: str, seed: int = 0) -> Path:
+    """A tiny random Qwen3 with that tokenizer, as the hub has them."""
+    tiny_model(seed, vocab_size=448).save_pretrained(folder)
+    return build_hub(folder, template)
