@@ -13,11 +13,12 @@ from pathlib import Path
 from still_agent.budget import Budget
 from still_agent.compactor import OWN, choose_compactor
 from still_agent.evaluation.dialogues import Dialogue, Question, render
-from still_agent.evaluation.exam import reply
-from still_agent.evaluation.fitted import Conversation, Fit, Watch, fitted
+from still_agent.evaluation.exam import reply, room_for
+from still_agent.evaluation.fitted import Conversation, Fit, Watch, fitted, require_window
 from still_agent.evaluation.methods import (
     CARTRIDGES,
     SHARED,
+    TOLD_OPTIMISED,
     Cells,
     blind,
     own,
@@ -91,6 +92,9 @@ class Bench:
             header["shares"] = [list(layer) for layer in self.dealt]
         wanted = [(item, row) for item in items for row in _cells(cells, item)]
         held = {key(row): row for row in opened(out, header)}
+        for item, row in wanted:
+            if row["method"] == TOLD_OPTIMISED and key(row) not in held:
+                Context(self, item).require_window()
         context: Context | None = None
         with out.open("a", encoding="utf-8") as file:
             for done, (item, cell) in enumerate(wanted):
@@ -163,6 +167,12 @@ class Context:
     def whole(self) -> Checkpoint:
         return self._read(StreamingCompactor(), self.ids)
 
+    def require_window(self) -> None:
+        """InputError if the context and the longest exam on it may pass the model's window."""
+        tokenizer, longest = self.bench.model.tokenizer, self.item.longest
+        exam = sum(room_for(tokenizer, question.text, longest) for question in self.talk.exam)
+        require_window(self.bench.model, len(self.ids), exam)
+
     def remembered(self, method: str, slots: int, rounds: int) -> Checkpoint:
         """The context as `method` remembers it in `slots` slots, after so many rounds."""
         model, tokenizer = self.bench.model, self.bench.model.tokenizer
@@ -189,7 +199,7 @@ class Context:
             state.restore(self.whole)
             state.compact(slots)
             kept = state.checkpoint()
-            return self._optimised(kept) if method == "told-optimised" else kept
+            return self._optimised(kept) if method == TOLD_OPTIMISED else kept
         state = self._state(compactor)
         chunk = -(-len(self.ids) // rounds)
         for at in range(0, len(self.ids), chunk):

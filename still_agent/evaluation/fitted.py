@@ -15,10 +15,11 @@ import torch
 
 from still_agent.models.frozen import FrozenModel
 from still_agent.training.exams import pack
-from still_agent.training.still import divergence
-from still_agent.training.student import answer_logits
+from still_agent.training.student import answer_states
+from still_agent.training.targets import divergence, logits_at, targets
 from still_agent.training.teacher import teach
 from still_memory.compactors.cache import Cache
+from still_memory.errors import InputError
 from still_memory.span import Slots, Span
 
 RATE = 0.05  # of a part's own root mean square
@@ -39,6 +40,18 @@ class Fit:
     biased: bool = True  # whether each slot learns a bias, too
 
 
+def require_window(model: FrozenModel, context: int, conversation: int) -> None:
+    """InputError if the teacher cannot read both, in tokens, one behind the other."""
+    if context + conversation > model.window:
+        least = max(model.window - conversation, 0)
+        raise InputError(
+            f"slots are fitted to what {model.name!r} says on the whole context, and its window of "
+            f"{model.window} does not hold {context} tokens and {conversation} of questions and "
+            f"replies: ask for contexts of {least} or fewer, or leave told-optimised and "
+            "cartridges out"
+        )
+
+
 @torch.inference_mode(False)
 def fitted(
     model: FrozenModel, ids: Sequence[int], conversations: Sequence[Conversation], start: Span,
@@ -47,14 +60,17 @@ def fitted(
     """`start`, fitted so that on it the model says what it says on all of the context `ids`.
 
     Takes a span whose keys are not rotated; its empty slots stay empty. `ROWS` conversations a
-    step, in turn.
+    step, in turn. InputError, before anything is computed, for what the model's window cannot hold.
     """
+    longest = max(len(talk) for talk, _ in conversations)
+    require_window(model, len(ids), longest)
     batches = []
     for at in range(0, len(conversations), ROWS):
         exams = pack([(list(ids), *talk) for talk in conversations[at : at + ROWS]])
         exams = replace(exams, context=exams.context[:1]).to(model.device)
         lesson = teach(model, exams, own=False)
-        batches.append((exams.exam, lesson.where, lesson.logits, lesson.gold))
+        wanted = targets(model, lesson.hidden, lesson.gold, TOP_K)
+        batches.append((exams.exam, lesson.where, wanted))
     held = Cache.of(start)
     kept, free = held.cut(0, fit.fixed), held.cut(fit.fixed, held.slots)
     layers = len(free.keys)
@@ -75,9 +91,9 @@ def fitted(
         return Cache.cat([kept, moved])
 
     for step in range(fit.steps):
-        exam, where, wanted, gold = batches[step % len(batches)]
-        given = answer_logits(model, now(), exam, where)
-        divergence(wanted, given, gold, TOP_K).backward()
+        exam, where, wanted = batches[step % len(batches)]
+        states = answer_states(model, now(), exam, where)
+        divergence(wanted, logits_at(model, states, wanted.tokens)).backward()
         for group, scale in zip(optimizer.param_groups, scales, strict=True):
             group["lr"] = RATE * scale * (1 - step / fit.steps)
         optimizer.step()

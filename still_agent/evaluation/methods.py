@@ -19,9 +19,10 @@ from still_memory.errors import InputError
 
 BLIND = (OWN, *TRAINING_FREE)
 CARTRIDGES = "cartridges"
+TOLD_OPTIMISED = "told-optimised"
 ENDS = ("full", "none")  # what no ratio changes
 RULERS = (
-    *ENDS, "truncate", "summary", "told-selection", "told-attention-matching", "told-optimised",
+    *ENDS, "truncate", "summary", "told-selection", "told-attention-matching", TOLD_OPTIMISED,
 )  # fmt: skip
 METHODS = (*BLIND, *(f"{OWN}+int{bits}" for bits in (8, 4)), CARTRIDGES, *RULERS)
 SHARED = r"\+shares(?=$|\+)"  # any blind method may be followed by it,

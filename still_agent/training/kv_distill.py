@@ -17,6 +17,7 @@ from still_agent.models.frozen import FrozenModel
 from still_agent.training import loop
 from still_agent.training.exams import Source
 from still_agent.training.loop import Loop, Row, cosine
+from still_agent.training.teacher import logits_of
 from still_memory.compactors.kv_distill import KVDistillCompactor
 
 
@@ -49,6 +50,7 @@ class Trainer(Loop):
 
     def teach(self) -> tuple[Tensor, Row, float]:
         exams, lesson, student, drawn = self._answered()
-        loss, kl = both_ways(lesson.logits, student, self.recipe.forward)
+        wanted = logits_of(self.frozen, lesson.hidden)
+        loss, kl = both_ways(wanted, student, self.recipe.forward)
         row = self._row(exams, lesson, student, kl, loss=loss.item(), **drawn)
         return loss, row, cosine(self.recipe.rate, self.step, self.recipe.steps, self.recipe)

@@ -24,7 +24,8 @@ from still_agent.training import loop
 from still_agent.training.exams import Source
 from still_agent.training.gates import gated_logits
 from still_agent.training.loop import Loop, Row, cosine
-from still_agent.training.teacher import exactly, prefill, teach
+from still_agent.training.targets import divergence, targets
+from still_agent.training.teacher import Lesson, exactly, prefill, teach
 from still_memory.compactors.cache import Cache
 from still_memory.compactors.still import StillCompactor
 
@@ -38,20 +39,6 @@ class Recipe(loop.Recipe):
     scorer_rate: float = 2e-3
     scorer_lengths: tuple[int, ...] = (1024, 2048)
     price: float = 0.1  # of a token kept, in nats
-
-
-def divergence(teacher: Tensor, student: Tensor, gold: Tensor, top_k: int) -> Tensor:
-    """Mean forward KL over the teacher's `top_k` tokens with the gold one forced in, renormalised.
-
-    Logits (n, V), gold (n,); 0 if the teacher gave no answer of its own to learn from.
-    """
-    k = min(top_k, teacher.shape[-1])
-    index = teacher.topk(k, dim=-1).indices
-    missing = (index != gold[:, None]).all(-1)
-    index[missing, -1] = gold[missing]
-    wanted = teacher.gather(-1, index).log_softmax(-1)
-    given = student.gather(-1, index).log_softmax(-1)
-    return F.kl_div(given, wanted, log_target=True, reduction="sum") / max(len(gold), 1)
 
 
 class Trainer(Loop):
@@ -82,7 +69,7 @@ class Trainer(Loop):
         if self.step < r.scorer_steps:
             return *self._teach_scorer(), cosine(r.scorer_rate, self.step, r.scorer_steps, r)
         exams, lesson, student, drawn = self._answered()
-        kl = divergence(lesson.logits, student, lesson.gold, r.top_k)
+        kl = self._far(lesson, student)
         row = self._row(exams, lesson, student, kl, **drawn)
         return kl, row, cosine(r.rate, self.step - r.scorer_steps, r.steps - r.scorer_steps, r)
 
@@ -92,7 +79,7 @@ class Trainer(Loop):
         lesson = teach(self.frozen, exams)
         noise = torch.Generator().manual_seed(rng.getrandbits(63))
         student, opened = gated_logits(self.frozen, self.still, exams, lesson, noise)
-        kl = divergence(lesson.logits, student, lesson.gold, r.top_k)
+        kl = self._far(lesson, student)
         # Shut at once, all gates together would teach nothing.
         price = r.price * min(1.0, self.step / (2 * r.warm_up))
         loss = kl + price * opened / max(len(lesson.gold), 1)
@@ -103,6 +90,11 @@ class Trainer(Loop):
         return loss, self._row(
             exams, lesson, student, kl, open=opened.item() / exams.context.numel()
         )
+
+    def _far(self, lesson: Lesson, student: Tensor) -> Tensor:
+        """The divergence of the student's logits (n, V) from the teacher's."""
+        wanted = targets(self.frozen, lesson.hidden, lesson.gold, self.recipe.top_k)
+        return divergence(wanted, student.gather(-1, wanted.tokens))
 
     def _scores_of(self, ids: Tensor) -> Tensor:
         keys, values = prefill(self.frozen, ids, 0)

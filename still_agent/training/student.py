@@ -17,18 +17,25 @@ Shorten = Callable[[Cache, int, Tensor], Cache]
 its raw slots, which are its last ones."""
 
 
-def answer_logits(
+def answer_states(
     frozen: FrozenModel, cache: Cache, exam: Tensor, where: tuple[Tensor, ...]
 ) -> Tensor:
-    """Logits (n, V) after exam tokens `where` (rows, columns), read on top of `cache`."""
+    """Hidden states (n, D) after exam tokens `where` (rows, columns), read on top of `cache`."""
     at = torch.arange(cache.slots, cache.slots + exam.shape[1] - 1, device=exam.device)[None]
-    hidden = frozen.model.model(
+    hidden: Tensor = frozen.model.model(
         input_ids=exam[:, :-1],
         position_ids=at,
         past_key_values=placed(cache, frozen.rope, frozen.dtype),
         use_cache=True,
     ).last_hidden_state
-    return logits_of(frozen, hidden[where])
+    return hidden[where]
+
+
+def answer_logits(
+    frozen: FrozenModel, cache: Cache, exam: Tensor, where: tuple[Tensor, ...]
+) -> Tensor:
+    """Logits (n, V) after exam tokens `where` (rows, columns), read on top of `cache`."""
+    return logits_of(frozen, answer_states(frozen, cache, exam, where))
 
 
 def compact_in_rounds(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,13 +17,15 @@ from still_agent.training.exams import Exams, all_right
 from still_memory.compactors.cache import Cache
 from still_memory.rotation import unrotate
 
+AT_ONCE = 2**24  # logits; 64 MiB in fp32
+
 
 @dataclass(frozen=True)
 class Lesson:
     """One batch, seen by the teacher."""
 
     cache: Cache  # the whole context, raw, keys without rotation
-    logits: Tensor  # (n, V) fp32, at every answer token that is taught
+    hidden: Tensor  # (n, D) the last layer's states, before every answer token that is taught
     where: tuple[Tensor, Tensor]  # row and column of the exam token *before* each of them
     gold: Tensor  # (n,) the answer tokens
     right: tuple[int, int]  # the teacher's own exact answers, of all
@@ -55,6 +58,17 @@ def logits_of(frozen: FrozenModel, hidden: Tensor) -> Tensor:
         return F.linear(hidden.to(frozen.dtype), frozen.model.lm_head.weight).float()
 
 
+def in_parts(frozen: FrozenModel, hidden: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Some rows of hidden states (n, D) after others, with their logits: `AT_ONCE` or fewer.
+
+    At least one part, be it of no row.
+    """
+    rows = max(1, AT_ONCE // frozen.vocab_size)
+    for at in range(0, max(len(hidden), 1), rows):
+        some = slice(at, at + rows)
+        yield some, logits_of(frozen, hidden[some])
+
+
 @torch.no_grad()
 def teach(frozen: FrozenModel, exams: Exams, *, own: bool = True) -> Lesson:
     """The teacher's lesson on a batch. A context of one row serves every row of the exam.
@@ -75,15 +89,16 @@ def teach(frozen: FrozenModel, exams: Exams, *, own: bool = True) -> Lesson:
         input_ids=exams.exam[:, :-1], position_ids=at, past_key_values=past, use_cache=True
     ).last_hidden_state
     speaking = exams.answer[:, 1:]  # from these tokens an answer's tokens are said
-    logits = logits_of(frozen, hidden[speaking])
+    hidden = hidden[speaking]
+    choice = torch.cat([x.argmax(-1) for _, x in in_parts(frozen, hidden)])
     gold = exams.exam[:, 1:][speaking]
     hits = torch.zeros_like(exams.answer)
-    hits[:, 1:][speaking] = logits.argmax(-1) == gold
+    hits[:, 1:][speaking] = choice == gold
     taught = (_up_to_first_miss(hits, exams) if own else exams.answer)[:, 1:][speaking]
     row, column = speaking.nonzero(as_tuple=True)
     return Lesson(
         cache=Cache.raw(keys, values),
-        logits=logits[taught],
+        hidden=hidden[taught],
         where=(row[taught], column[taught]),
         gold=gold[taught],
         right=all_right(hits, exams),

@@ -18,8 +18,8 @@ from still_agent.evaluation.trajectory import book
 from still_agent.models import FrozenModel, load_model
 from still_agent.sampling import Sampling
 from still_agent.training.exams import pack
-from still_agent.training.still import divergence
-from still_agent.training.student import answer_logits
+from still_agent.training.student import answer_states
+from still_agent.training.targets import divergence, logits_at, targets
 from still_agent.training.teacher import teach
 from still_memory.compactors.cache import Cache
 from still_memory.errors import InputError
@@ -68,11 +68,12 @@ def test_training_brings_the_slots_nearer_to_the_whole_cache(reference: FrozenMo
     conversations = self_study(reference, made.ids, made.whole, STUDY)
     exams = pack([(made.ids, *talk) for talk in conversations])
     lesson = teach(reference, exams, own=False)
+    wanted = targets(reference, lesson.hidden, lesson.gold, 200)
 
     @torch.no_grad()
     def far(span: Span) -> float:
-        logits = answer_logits(reference, Cache.of(span), exams.exam, lesson.where)
-        return divergence(lesson.logits, logits, lesson.gold, 200).item()
+        states = answer_states(reference, Cache.of(span), exams.exam, lesson.where)
+        return divergence(wanted, logits_at(reference, states, wanted.tokens)).item()
 
     began = free(made.whole.entries[0].span.cut(0, SLOTS), reference.rope)
     assert far(of(made)) < 0.8 * far(began)

@@ -11,9 +11,10 @@ import torch
 from still_agent.training.exams import all_right, pack
 from still_agent.training.gates import gated_logits
 from still_agent.training.recall import recall
-from still_agent.training.still import Recipe, Trainer, divergence
+from still_agent.training.still import Recipe, Trainer
 from still_agent.training.student import answer_logits, compact_in_rounds
-from still_agent.training.teacher import teach
+from still_agent.training.targets import Targets, divergence
+from still_agent.training.teacher import logits_of, teach
 from still_memory.compactors.still import StillCompactor, StillConfig
 
 RECIPE = Recipe(
@@ -54,10 +55,16 @@ def taught(tiny, exams):
     return lesson
 
 
+def far(teacher, student, gold, top_k):
+    """The divergence of whole logits."""
+    wanted = Targets.of(teacher, gold, top_k)
+    return divergence(wanted, student.gather(-1, wanted.tokens))
+
+
 def test_divergence_is_zero_only_for_the_teacher_itself():
     logits, gold = torch.randn(5, 50), torch.arange(5)
-    assert divergence(logits, logits, gold, top_k=8) == pytest.approx(0, abs=1e-6)
-    assert divergence(logits, torch.randn(5, 50), gold, top_k=8) > 0.01
+    assert far(logits, logits, gold, 8) == pytest.approx(0, abs=1e-6)
+    assert far(logits, torch.randn(5, 50), gold, 8) > 0.01
 
 
 def test_divergence_always_looks_at_the_gold_token():
@@ -65,7 +72,7 @@ def test_divergence_always_looks_at_the_gold_token():
     teacher[0, :8] = 10.0
     worse = teacher.clone()
     worse[0, 49] = 12.0  # a token outside the teacher's top 8
-    none, forced = (divergence(teacher, worse, torch.tensor([g]), top_k=8) for g in (0, 49))
+    none, forced = (far(teacher, worse, torch.tensor([g]), 8) for g in (0, 49))
     assert none == pytest.approx(0, abs=1e-6) and forced > 0.1
 
 
@@ -83,7 +90,7 @@ def test_answers_by_another_model_are_not_taught(tiny):
     lesson = teach(tiny, exams)
     columns = lesson.where[1] + 1
     assert (exams.exam[lesson.where[0], columns] == lesson.gold).all()
-    assert (lesson.logits.argmax(-1) == lesson.gold).all()
+    assert (logits_of(tiny, lesson.hidden).argmax(-1) == lesson.gold).all()
     assert len(lesson.gold) < int(exams.answer.sum())  # random answers are not the model's own
 
 
@@ -98,7 +105,7 @@ def test_student_with_the_whole_cache_is_the_teacher(tiny):
     exams = exams_of(3, 2, 24)
     lesson = taught(tiny, exams)
     student = answer_logits(tiny, lesson.cache, exams.exam, lesson.where)
-    assert torch.allclose(student, lesson.logits, atol=2e-4)
+    assert torch.allclose(student, logits_of(tiny, lesson.hidden), atol=2e-4)
 
 
 def gated(tiny, logit: float, exams, lesson, **settings):
@@ -114,10 +121,10 @@ def test_open_gates_change_nothing_and_shut_ones_hide_the_context(tiny, per_head
     exams = exams_of(4, 2, 24)
     lesson = taught(tiny, exams)
     _, student, opened = gated(tiny, 50.0, exams, lesson, per_head=per_head)
-    assert torch.allclose(student, lesson.logits, atol=2e-4)
+    assert torch.allclose(student, logits_of(tiny, lesson.hidden), atol=2e-4)
     assert opened.item() == pytest.approx(2 * 24)
     _, student, opened = gated(tiny, -50.0, exams, lesson, per_head=per_head)
-    assert divergence(lesson.logits, student, lesson.gold, 50) > 0.01
+    assert far(logits_of(tiny, lesson.hidden), student, lesson.gold, 50) > 0.01
     assert opened.item() == pytest.approx(0, abs=1e-6)
 
 
@@ -127,7 +134,9 @@ def test_answers_open_gates_and_the_price_shuts_them(tiny):
     still, student, opened = gated(tiny, -2.0, exams, lesson)
     bias = still.scorer.outward.bias
     (by_price,) = torch.autograd.grad(opened, bias, retain_graph=True)
-    (by_answers,) = torch.autograd.grad(divergence(lesson.logits, student, lesson.gold, 50), bias)
+    (by_answers,) = torch.autograd.grad(
+        far(logits_of(tiny, lesson.hidden), student, lesson.gold, 50), bias
+    )
     assert by_price.sum() > 0 > by_answers.sum()
 
 
@@ -175,7 +184,7 @@ def test_no_compaction_is_no_change(tiny):
     state = compact_in_rounds(tiny, compactor(tiny), exams.context, lesson.cache,
                               rounds=3, slots=24, raw_tail=0)  # fmt: skip
     student = answer_logits(tiny, state, exams.exam, lesson.where)
-    assert torch.allclose(student, lesson.logits, atol=2e-4)
+    assert torch.allclose(student, logits_of(tiny, lesson.hidden), atol=2e-4)
 
 
 def test_training_lowers_the_loss_and_leaves_the_model_alone(tiny, tmp_path):
