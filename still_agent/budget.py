@@ -29,6 +29,7 @@ class Shares:
     span: int  # of one span that a compaction writes
 
 
+ScheduleName = Literal["rolling", "tiered", "append"]
 LEVELS = 5  # tiers that memory has room for before the oldest spans merge in place
 
 
@@ -53,7 +54,7 @@ class Budget(Settings):
     memory: int | None = Field(default=None, ge=2)
     chunk: int | None = Field(default=None, ge=2)
     lookahead: int | None = Field(default=None, ge=0)
-    schedule: Literal["rolling", "tiered", "append"] = "rolling"
+    schedule: ScheduleName = "rolling"
     horizon: int | None = Field(default=None, ge=1)
     fan_in: int = Field(default=4, ge=2)
 

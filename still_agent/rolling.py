@@ -141,7 +141,39 @@ class RollingState:
             tokens = sum(entry.tokens for entry in tail)
             pinned = self._pinned
             longest = self.model.window - pinned - self.budget.shares(pinned).chunk
-            self._carry_out(Plan(0, len(memory), tokens, slots, level=0), max(slots, longest))
+            self.carry_out(Plan(0, len(memory), tokens, slots, level=0), max(slots, longest))
+
+    def carry_out(self, plan: Plan, longest: int) -> None:
+        """Compact as planned, now; no layer may take more than `longest` positions.
+
+        The schedule needs no such call.
+        """
+        self._seal("tail")
+        pinned, memory, tail = ([e for e in self._entries if e.share == s] for s in SHARES)
+        raw, tail = _split(tail, plan.tokens)
+        taken = [*memory[plan.low : plan.high], *raw]
+        before, began = sum(entry.slots for entry in taken), time.perf_counter()
+        with torch.inference_mode():
+            spans = [free(_standing(entry), self.model.rope) for entry in taken]
+            slots = min(plan.slots, before - 1)
+            span = self.compactor.compact(spans, slots, longest)
+        _require_shorter(span, spans, slots, longest)
+        entry = Entry(span, span.start, span.end, 0, "memory", plan.level)
+        self._entries = [*pinned, *memory[: plan.low], entry, *memory[plan.high :], *tail]
+        self._fill()
+        self.compactions += 1
+        if self._on_compaction is not None:
+            seconds = time.perf_counter() - began
+            self._on_compaction(
+                Compaction(
+                    span.start, span.end, before, span.slots, span.rounds, plan.level, seconds
+                )
+            )
+
+    @property
+    def memory(self) -> list[Held]:
+        """Memory's spans, oldest first, as a schedule sees them."""
+        return [Held(e.slots, e.level) for e in self._entries if e.share == "memory"]
 
     # -- saved and restored -------------------------------------------------------------------
 
@@ -195,42 +227,16 @@ class RollingState:
         A schedule counts slots. Where the window is full before the budget is (a large budget has
         taken over what a smaller one's unequal layers held), all of memory becomes one span.
         """
-        self._seal("tail")
-        memory, tail = ([e for e in self._entries if e.share == s] for s in SHARES[1:])
-        held = [Held(entry.slots, entry.level) for entry in memory]
         shares = self.budget.shares(self._pinned)
         schedule = Rolling(shares) if self.slots < self.budget.slots else self._schedule
-        plan = schedule.plan(held, sum(entry.tokens for entry in tail))
+        plan = schedule.plan(self.memory, self.shares["tail"])
         # Memory may take the positions that nothing else needs.
         most = self.model.window - self.budget.slots + shares.memory
-        self._carry_out(plan, max(plan.slots, plan.slots * most // shares.memory))
+        self.carry_out(plan, max(plan.slots, plan.slots * most // shares.memory))
 
     @property
     def _pinned(self) -> int:
         return sum(e.tokens for e in self._entries if e.share == "pinned")
-
-    def _carry_out(self, plan: Plan, longest: int) -> None:
-        """Compact as planned; no layer may take more than `longest` positions."""
-        pinned, memory, tail = ([e for e in self._entries if e.share == s] for s in SHARES)
-        raw, tail = _split(tail, plan.tokens)
-        taken = [*memory[plan.low : plan.high], *raw]
-        before, began = sum(entry.slots for entry in taken), time.perf_counter()
-        with torch.inference_mode():
-            spans = [free(_standing(entry), self.model.rope) for entry in taken]
-            slots = min(plan.slots, before - 1)
-            span = self.compactor.compact(spans, slots, longest)
-        _require_shorter(span, spans, slots, longest)
-        entry = Entry(span, span.start, span.end, 0, "memory", plan.level)
-        self._entries = [*pinned, *memory[: plan.low], entry, *memory[plan.high :], *tail]
-        self._fill()
-        self.compactions += 1
-        if self._on_compaction is not None:
-            seconds = time.perf_counter() - began
-            self._on_compaction(
-                Compaction(
-                    span.start, span.end, before, span.slots, span.rounds, plan.level, seconds
-                )
-            )
 
     @torch.inference_mode()
     def _fill(self) -> None:

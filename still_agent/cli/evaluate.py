@@ -37,7 +37,10 @@ class Measured:
     compactor: Compactor = None
     methods: Annotated[str, typer.Option(help="Names after commas, or all.")] = "all"
     ratios: Annotated[str, typer.Option(help="Tokens a slot.")] = "8"
-    rounds: Annotated[str, typer.Option(help="Compactions, each of its own output.")] = "1"
+    rounds: Annotated[str, typer.Option(help="Chunks that a context is read in.")] = "1"
+    schedules: Annotated[
+        str, typer.Option(help="What is compacted after each: rolling, tiered, append.")
+    ] = "rolling"
     reasoning: Annotated[
         int, typer.Option(min=0, help="Tokens of it before a reply; they are not scored.")
     ] = 0
@@ -51,14 +54,22 @@ class Measured:
 
     def cells(self) -> Cells:
         """Which methods, at which ratios and after how many rounds."""
-        from still_agent.evaluation.methods import METHODS, Cells, own
+        from still_agent.evaluation import methods as known
 
-        methods = METHODS if self.methods == "all" else _split(self.methods, str)
+        methods = known.METHODS if self.methods == "all" else _split(self.methods, str)
         if self.methods == "all" and self.model != "reference" and self.compactor is None:
             console.print("No --compactor is given for this model: Still is left out.",
                           style="yellow")  # fmt: skip
-            methods = tuple(method for method in METHODS if not own(method))
-        return Cells(methods, _split(self.ratios, float), _split(self.rounds, int))
+            methods = tuple(method for method in methods if not known.own(method))
+        schedules = _split(self.schedules, str)
+        known.require_schedules(schedules)
+        asked = (
+            known.scheduled(method, schedule)
+            for method in methods
+            for schedule in (schedules if known.blind(method) else ("rolling",))
+        )
+        rounds = _split(self.rounds, int)
+        return known.Cells(tuple(dict.fromkeys(asked)), _split(self.ratios, float), rounds)
 
     def bench(self) -> Bench:
         """The model, loaded, and how its cartridges are trained."""
@@ -92,9 +103,10 @@ def ruler(
     as_json: AsJson = False,
 ) -> None:
     """RULER's thirteen tasks and four of our own, for any methods, ratios, lengths and rounds."""
-    from still_agent.cli.tables import show
+    from still_agent.cli.tables import show, show_iteration
     from still_agent.evaluation.dialogues import Prose
     from still_agent.evaluation.grid import Grid, measure
+    from still_agent.evaluation.iteration import iteration
     from still_agent.evaluation.ruler import TASKS, asking_of
     from still_agent.evaluation.shares import shares_of
     from still_agent.evaluation.standings import draw, leads, standings, summary
@@ -117,9 +129,11 @@ def ruler(
         rows = measure(bench, grid, prose, out / "rows.jsonl", report, known)
     draw(rows, out / "grid.png")
     if as_json:
-        typer.echo(json.dumps(summary(rows), indent=1))
+        found = {**summary(rows), "iteration": [asdict(x) for x in iteration(rows)]}
+        typer.echo(json.dumps(found, indent=1))
     else:
         show(Console(), {"score": standings(rows)}, leads(rows))
+        show_iteration(Console(), iteration(rows))
         console.print(f"rows and plot: {out}", markup=False)
 
 

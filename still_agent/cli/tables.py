@@ -8,8 +8,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from still_agent.evaluation.iteration import Iterated
 from still_agent.evaluation.methods import ENDS
-from still_agent.evaluation.standings import Lead, Standing
+from still_agent.evaluation.standings import Interval, Lead, Standing
 
 Cell = tuple[str, int, float, int]  # tasks, length, ratio, rounds
 
@@ -25,7 +26,7 @@ def show(console: Console, found: Mapping[str, Sequence[Standing]], leads: Seque
             table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
         for s in sorted(rows, key=lambda s: -s.score):
             table.add_row(
-                s.method, f"{s.score:.3f}", f"{s.interval[0]:.2f}–{s.interval[1]:.2f}",
+                s.method, f"{s.score:.3f}", _range(s.interval),
                 *(f"{scores[_key(s)]:.3f}" for scores in beside.values()),
                 "-" if s.share_of_full is None else f"{s.share_of_full:.0%}", f"{s.seconds:.2f}",
             )  # fmt: skip
@@ -35,6 +36,34 @@ def show(console: Console, found: Mapping[str, Sequence[Standing]], leads: Seque
             said = f"Still {x.lead:+.3f} ({low:+.2f} to {high:+.2f}) over {x.rival}"
             console.print(said, highlight=False, markup=False)
         console.print()
+
+
+def show_iteration(console: Console, found: Sequence[Iterated]) -> None:
+    """A table for each method: its score by chunks, and what that is of its score after one."""
+    groups: dict[tuple[str, int, str, float], list[Iterated]] = {}
+    for x in found:
+        groups.setdefault((x.tasks, x.length, x.method, x.ratio), []).append(x)
+    for (tasks, length, method, ratio), some in groups.items():
+        where = f"{tasks}, {length} tokens" if length else tasks
+        title = Text(f"{where}, {ratio:g}x: {method} by number of chunks", "bold")
+        table = Table(title=title, title_justify="left", box=None)
+        for name in ("chunks", "schedule", "score", "95 %", "of one chunk", "95 %", "rounds",
+                     "slots"):  # fmt: skip
+            table.add_column(name, justify="left" if name == "schedule" else "right", no_wrap=True)
+        for x in sorted(some, key=lambda x: x.chunks):
+            table.add_row(
+                str(x.chunks), x.schedule, f"{x.score:.3f}", _range(x.interval),
+                "-" if x.kept is None else f"{x.kept:.0%}",
+                "-" if x.kept_interval is None else _range(x.kept_interval),
+                f"{x.compactions:.3g}", f"{x.slots:.0f}",
+            )  # fmt: skip
+        console.print(table)
+        console.print()
+
+
+def _range(interval: Interval) -> str:
+    low, high = interval
+    return f"{low:.2f}–{high:.2f}"
 
 
 def _cells(standings: Sequence[Standing]) -> Iterator[tuple[Cell, list[Standing]]]:

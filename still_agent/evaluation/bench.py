@@ -12,6 +12,7 @@ from pathlib import Path
 
 from still_agent.budget import Budget
 from still_agent.compactor import OWN, choose_compactor
+from still_agent.evaluation.chunks import Chunks
 from still_agent.evaluation.dialogues import Dialogue, Question, render
 from still_agent.evaluation.exam import reply, room_for
 from still_agent.evaluation.fitted import Conversation, Fit, Watch, fitted, require_window
@@ -21,7 +22,9 @@ from still_agent.evaluation.methods import (
     TOLD_OPTIMISED,
     Cells,
     blind,
+    compactor_of,
     own,
+    schedule_of,
     shared,
     slots_of,
     trained,
@@ -81,7 +84,7 @@ class Bench:
         `out` may hold others, too; they are left alone. Raises InputError if it cannot be read, or
         is of another model, compactor, study or `about`, which says what else the rows depend on.
         """
-        made = {OWN if own(m) else m for m in cells.methods if own(m) or trained(m)}
+        made = {OWN if own(m) else compactor_of(m) for m in cells.methods if own(m) or trained(m)}
         compactors = {method: self.compactor(method).identity.address for method in sorted(made)}
         header: Row = {"model": self.model.identity.address, **compactors, **about}
         if self.reasoning:
@@ -110,6 +113,7 @@ class Bench:
         return [held[key(cell)] for _, cell in wanted]
 
     def compactor(self, method: str) -> Compactor:
+        method = compactor_of(method)
         if method not in self._made:
             choice = re.sub(SHARED, "", method)
             if self.still and own(method):
@@ -200,13 +204,12 @@ class Context:
             state.compact(slots)
             kept = state.checkpoint()
             return self._optimised(kept) if method == TOLD_OPTIMISED else kept
-        state = self._state(compactor)
-        chunk = -(-len(self.ids) // rounds)
-        for at in range(0, len(self.ids), chunk):
+        state, chunks = self._state(compactor), Chunks(len(self.ids), rounds, slots)
+        for chunk in chunks:
             began = time.perf_counter()
-            state.extend(self.ids[at : at + chunk])
+            state.extend(self.ids[chunk])
             self._reading += time.perf_counter() - began
-            state.compact(slots)
+            chunks.compact(state, schedule_of(method))
         return state.checkpoint()
 
     def ask(self, remembered: Checkpoint, question: Question) -> str:

@@ -12,7 +12,9 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast, get_args
 
+from still_agent.budget import ScheduleName
 from still_agent.compactor import OWN
 from still_memory.compactors import TRAINING_FREE
 from still_memory.errors import InputError
@@ -25,9 +27,11 @@ RULERS = (
     *ENDS, "truncate", "summary", "told-selection", "told-attention-matching", TOLD_OPTIMISED,
 )  # fmt: skip
 METHODS = (*BLIND, *(f"{OWN}+int{bits}" for bits in (8, 4)), CARTRIDGES, *RULERS)
-SHARED = r"\+shares(?=$|\+)"  # any blind method may be followed by it,
+SCHEDULED = r"\+(tiered|append)(?=$|\+)"  # any blind method may be followed by it,
+SHARED = r"\+shares(?=$|\+)"  # by this,
 ROUNDED = r"\+int[48]$"  # and by this
 FEWEST = 4  # slots
+SHORTEST = 4  # tokens of a chunk
 
 
 def rounded(method: str) -> bool:
@@ -40,9 +44,26 @@ def shared(method: str) -> bool:
     return re.search(SHARED, method) is not None
 
 
+def schedule_of(method: str) -> ScheduleName:
+    """When it compacts what, where a context is read in chunks."""
+    found = re.search(SCHEDULED, method)
+    return cast("ScheduleName", found[1]) if found else "rolling"
+
+
+def scheduled(method: str, schedule: str) -> str:
+    """The name of a method that has no schedule yet, under one."""
+    name = plain(method)
+    return method if schedule == "rolling" else f"{name}+{schedule}{method[len(name) :]}"
+
+
+def compactor_of(method: str) -> str:
+    """Its name without a schedule: what writes the slots."""
+    return re.sub(SCHEDULED, "", method)
+
+
 def plain(method: str) -> str:
     """Its name with nothing behind it."""
-    return re.sub(SHARED, "", re.sub(ROUNDED, "", method))
+    return re.sub(SHARED, "", re.sub(ROUNDED, "", compactor_of(method)))
 
 
 def own(method: str) -> bool:
@@ -82,6 +103,11 @@ def require_positive(what: str, numbers: tuple[float, ...]) -> None:
         raise InputError(f"a {what} of {bad[0]} makes no sense: give 1 or more")
 
 
+def require_schedules(given: tuple[str, ...]) -> None:
+    """InputError for a schedule that is none."""
+    require_known("schedule", given, get_args(ScheduleName))
+
+
 @dataclass(frozen=True)
 class Cells:
     """Which methods, at which ratios and after how many rounds.
@@ -109,9 +135,21 @@ class Cells:
                 yield ratio, rounds
 
     def require_slots(self, tokens: int) -> None:
-        """InputError if a ratio leaves a context of `tokens` tokens too few slots."""
+        """InputError if a context of `tokens` tokens is too short for a ratio or for the rounds."""
         if self.ratios and max(self.ratios) > tokens / FEWEST:
             raise InputError(
                 f"a ratio of {max(self.ratios):g} leaves {tokens} tokens fewer than {FEWEST} "
                 "slots: ask for a lower one, or for longer contexts"
+            )
+        if max(self.rounds) > tokens / SHORTEST:
+            raise InputError(
+                f"{max(self.rounds)} rounds leave chunks of {tokens} tokens fewer than {SHORTEST}: "
+                "ask for fewer, or for longer contexts"
+            )
+        appended = any(schedule_of(method) == "append" for method in self.methods)
+        if appended and (few := slots_of(tokens, max(self.ratios))) < max(self.rounds):
+            raise InputError(
+                f"{max(self.rounds)} chunks that are appended take as many slots, and of {tokens} "
+                f"tokens a ratio of {max(self.ratios):g} leaves {few}: ask for fewer rounds, for a "
+                "lower ratio, or leave append out"
             )

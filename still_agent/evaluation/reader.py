@@ -28,8 +28,9 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
+from still_agent.budget import ScheduleName
 from still_agent.evaluation.trajectory import SYSTEM, Answer, Script, trajectory
 from still_memory import errors
 
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
     from still_agent.session import Session
 
 Event = dict[str, Any]
-ScheduleName = Literal["rolling", "tiered", "append"]
 PROBE = "What did I say?"  # answered only as far as its first token, then undone
 
 

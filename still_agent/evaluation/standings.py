@@ -11,7 +11,7 @@ from statistics import mean
 from typing import Any
 
 from still_agent.compactor import OWN
-from still_agent.evaluation.methods import CARTRIDGES, RULERS, rounded
+from still_agent.evaluation.methods import CARTRIDGES, RULERS, rounded, schedule_of
 from still_agent.evaluation.rows import Row
 from still_agent.evaluation.ruler import TASKS
 
@@ -93,8 +93,11 @@ def standings(rows: Sequence[Row]) -> list[Standing]:
 
 
 def is_rival(method: str) -> bool:
-    """Whether Still is compared with it: blind, not trained on each context, and not rounded."""
-    return method not in (OWN, CARTRIDGES, *RULERS) and not rounded(method)
+    """Whether Still is compared with it: blind, not trained on each context, not rounded, and
+    under the same schedule.
+    """
+    listed = method in (OWN, CARTRIDGES, *RULERS)
+    return not listed and not rounded(method) and schedule_of(method) == "rolling"
 
 
 def leads(rows: Sequence[Row]) -> list[Lead]:
