@@ -70,8 +70,8 @@ class Budget(Settings):
         self.shares(pinned=0)
         return self
 
-    def shares(self, pinned: int) -> Shares:
-        """The shares beside a pinned prefix of `pinned` tokens."""
+    def shares(self, pinned: int, window: int | None = None) -> Shares:
+        """The shares beside a pinned prefix of `pinned` tokens; errors name what fits `window`."""
         chunk = self.chunk or self.slots // 4
         lookahead = self.slots // 16 if self.lookahead is None else self.lookahead
         room = self.slots - pinned - chunk - lookahead
@@ -79,20 +79,41 @@ class Budget(Settings):
         if room < max(memory, 2):
             raise BudgetError(
                 f"{self.slots} slots cannot hold a pinned prefix of {pinned} tokens, a chunk of "
-                f"{chunk}, a look-ahead of {lookahead} and a memory of {max(memory, 2)}: give "
-                f"slots={self._least(pinned)} or more, pin less, or make one of them smaller"
+                f"{chunk}, a look-ahead of {lookahead} and a memory of {max(memory, 2)}: "
+                + self._remedy(pinned, window)
             )
         return Shares(memory, chunk, lookahead, self._span(memory, chunk))
 
-    def _least(self, pinned: int) -> int:
-        """The fewest slots that hold these shares; those left to us grow with the slots."""
-        slots, needed = 0, 16
-        while slots < needed:
+    def _remedy(self, pinned: int, window: int | None) -> str:
+        least = self.least(pinned)
+        if window is None or least <= window:
+            return f"give slots={least} or more, pin less, or make one of them smaller"
+        fits = (fewer for fewer in range(pinned - 1, -1, -1) if self.least(fewer) <= window)
+        if (most := next(fits, None)) is None:
+            return f"make one of them smaller, for the model was trained for {window} in all"
+        return (
+            f"pin {most} tokens or fewer and give slots={window}, which is what the model was "
+            "trained for, or make one of them smaller"
+        )
+
+    def least(self, pinned: int) -> int:
+        """The fewest slots that hold these shares, as all larger numbers do.
+
+        Shares left to us grow with the slots, by whole slots, so a number may fit and the next not.
+        """
+        slots = 16
+        while (needed := self._needed(slots, pinned)) > slots:
             slots = needed
-            chunk = self.chunk or slots // 4
-            lookahead = slots // 16 if self.lookahead is None else self.lookahead
-            needed = pinned + chunk + lookahead + (self.memory or 2)
+        slots += 16
+        while slots > 16 and self._needed(slots - 1, pinned) < slots:
+            slots -= 1
         return slots
+
+    def _needed(self, slots: int, pinned: int) -> int:
+        """What a budget of `slots` must hold at least."""
+        chunk = self.chunk or slots // 4
+        lookahead = slots // 16 if self.lookahead is None else self.lookahead
+        return pinned + chunk + lookahead + (self.memory or 2)
 
     def _span(self, memory: int, chunk: int) -> int:
         if self.schedule == "rolling":

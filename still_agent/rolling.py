@@ -106,7 +106,7 @@ class RollingState:
         """
         if self.length:
             raise InputError("only the first tokens can be pinned; pin before anything else")
-        self._schedule = schedule_for(self.budget, len(ids))
+        self._schedule = schedule_for(self.budget, len(ids), self.model.window)
         if ids:
             self.extend(ids)
             self._seal("pinned")
@@ -189,11 +189,6 @@ class RollingState:
         """
         for entry in checkpoint.entries:
             require_fitting(entry.span, self.model)
-        if checkpoint.slots > self.budget.slots:
-            raise BudgetError(
-                f"the saved state holds {checkpoint.slots} slots and this budget "
-                f"{self.budget.slots}: load the agent with Budget(slots={checkpoint.slots}) or more"
-            )
         if checkpoint.positions > self.model.window:
             raise DamageError(
                 f"the saved state takes {checkpoint.positions} positions, and {self.model.name!r} "
@@ -201,7 +196,13 @@ class RollingState:
                 "the store from a copy, or begin a new session"
             )
         pinned = sum(e.tokens for e in checkpoint.entries if e.share == "pinned")
-        self._schedule = schedule_for(self.budget, pinned)
+        if checkpoint.slots > self.budget.slots:
+            least = max(checkpoint.slots, self.budget.least(pinned))
+            raise BudgetError(
+                f"the saved state holds {checkpoint.slots} slots and this budget "
+                f"{self.budget.slots}: load the agent with Budget(slots={least}) or more"
+            )
+        self._schedule = schedule_for(self.budget, pinned, self.model.window)
         self._entries, self._open = list(checkpoint.entries), []
         self.length = checkpoint.length
         self._fill()

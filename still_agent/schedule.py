@@ -49,9 +49,9 @@ class Schedule(Protocol):
         ...
 
 
-def schedule_for(budget: Budget, pinned: int) -> Schedule:
-    """The schedule of `budget` beside a pinned prefix of `pinned` tokens."""
-    shares = budget.shares(pinned)
+def schedule_for(budget: Budget, pinned: int, window: int | None = None) -> Schedule:
+    """The schedule of `budget` beside a pinned prefix of `pinned` tokens; see `Budget.shares`."""
+    shares = budget.shares(pinned, window)
     if budget.schedule == "rolling":
         return Rolling(shares)
     if budget.schedule == "tiered":

@@ -143,21 +143,22 @@ def lookup_loss(
     layer = model.model.layers[n]
     attention, d = layer.self_attn, model.config.head_dim
     h = layer.input_layernorm(x)
-    rows = torch.tensor([look[0] for look in looks])
-    asks = torch.tensor([look[1] for look in looks])
+    rows = torch.tensor([look[0] for look in looks], device=x.device)
+    asks = torch.tensor([look[1] for look in looks], device=x.device)
+    places = torch.arange(x.shape[1], device=x.device)
     q = attention.q_norm(attention.q_proj(h[rows, asks]).unflatten(-1, (-1, d)))  # (n, H, d)
     k = attention.k_norm(attention.k_proj(h).unflatten(-1, (-1, d)))  # (B, T, G, d)
-    cos, sin = model.model.rotary_emb(h, torch.arange(x.shape[1])[None])
+    cos, sin = model.model.rotary_emb(h, places[None])
     k = apply_rotary_pos_emb(k, k, cos, sin, unsqueeze_dim=2)[1]
     q = apply_rotary_pos_emb(q, q, cos[0, asks], sin[0, asks], unsqueeze_dim=1)[0]
-    logits = torch.empty(len(rows), q.shape[1], x.shape[1])
+    logits = torch.empty(len(rows), q.shape[1], x.shape[1], device=x.device)
     for b in range(len(x)):
         mine = rows == b
         per_group = q[mine].unflatten(1, (k.shape[2], -1))
         found = torch.einsum("nghd,tgd->nght", per_group, k[b]).flatten(1, 2)
         logits[mine] = found.float() * d**-0.5
-    unseen = torch.arange(x.shape[1]) > asks[:, None] if seen is None else ~seen[rows, 0, asks]
-    right = torch.zeros(len(rows), x.shape[1], dtype=torch.bool)
+    unseen = places > asks[:, None] if seen is None else ~seen[rows, 0, asks]
+    right = torch.zeros(len(rows), x.shape[1], dtype=torch.bool, device=x.device)
     for row, (_, _, told) in enumerate(looks):
         right[row, told] = True
     logits = logits.masked_fill((unseen & ~right)[:, None], NOTHING).log_softmax(-1)
@@ -175,8 +176,7 @@ def restated_loss(x: Tensor, restated: Tensor, lookups: Lookups) -> Tensor:
 
     `restated` (D,) is the direction in which the normed stream should hold that logit.
     """
-    rows = torch.tensor([t[0] for t in lookups.told])
-    places = torch.tensor([t[1] for t in lookups.told])
-    target = torch.tensor([float(t[2]) for t in lookups.told])
-    logit = F.rms_norm(x[rows, places].float(), x.shape[-1:], eps=1e-6) @ restated
+    rows, places, told = zip(*lookups.told, strict=True)
+    target = torch.tensor(told, dtype=torch.float32, device=x.device)
+    logit = F.rms_norm(x[list(rows), list(places)].float(), x.shape[-1:], eps=1e-6) @ restated
     return F.binary_cross_entropy_with_logits(logit, target)

@@ -3,7 +3,7 @@
     torchrun --nproc-per-node 2 examples/reference_model/train_base.py --books BOOKS --out DIR
 
 One process a core (`--threads 1`) is faster than one process with several threads; a single
-one needs no torchrun.
+one needs no torchrun. `--device cuda` is for one process on a GPU.
 
 A curriculum of context lengths; a stage ends when held-out recall passes `advance` or its
 share of the time is spent (`--mixed`: all stages at once, each as often as its minutes say).
@@ -112,6 +112,10 @@ class Batch:
     real: Tensor  # (B, T) bool: no padding
     lookups: Lookups
 
+    def to(self, device: torch.device) -> Batch:
+        tensors = (t.to(device) for t in (self.ids, self.answers, self.real))
+        return Batch(*tensors, self.lookups)
+
     def thinned(self, rng: random.Random) -> Tensor:
         """Which tokens see which (B, 1, T, T), as if memory kept values and few tokens beside.
 
@@ -173,9 +177,9 @@ def exact(
     rng = random.Random(77)
     right = total = 0
     for _ in range(math.ceil(rows / 8)):
-        drawn = batch(rng, "held_out", prose, tokenizer, stage, 8)
+        drawn = batch(rng, "held_out", prose, tokenizer, stage, 8).to(model.device)
         ids, answers = drawn.ids, drawn.answers
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(model.device.type, torch.bfloat16):
             hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
         for b in range(len(ids)):
             where = answers[b, 1:].nonzero()[:, 0]
@@ -234,6 +238,10 @@ class Run:
                 )
             lay_look_again(self.model, self.samples, self.restated, args.seed)
             self.again = True
+        self.device = torch.device(args.device)  # what is laid is laid on the CPU
+        self.model.to(self.device)
+        if self.restated is not None:
+            self.restated = self.restated.to(self.device)
         self.optimizers = make_optimizers(self.model, args.lr)
         self.stages = [Stage.parse(text) for text in args.stages.split(";")]
         self.stage = self.step = self.seen = 0
@@ -309,7 +317,7 @@ class Run:
         """
         model = self.model.model
         states = [model.embed_tokens(ids)]
-        places = model.rotary_emb(states[0], torch.arange(ids.shape[1])[None])
+        places = model.rotary_emb(states[0], torch.arange(ids.shape[1], device=ids.device)[None])
         for layer in model.layers:
             states.append(layer(states[-1], attention_mask=seen, position_embeddings=places))
         return [*states[:-1], model.norm(states[-1])]
@@ -319,13 +327,16 @@ class Run:
             for group in optimizer.param_groups:
                 group["lr"] = self.rate
         drawn = batch(rng, "train", self.train, self.tokenizer, stage, stage.rows)
+        seen = None
+        if self.thins(self.step, stage):
+            seen = drawn.thinned(rng).to(self.device)
+        drawn = drawn.to(self.device)
         ids, answers, real = drawn.ids, drawn.answers, drawn.real
-        seen = drawn.thinned(rng) if self.thins(self.step, stage) else None
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(self.device.type, torch.bfloat16):
             *streams, hidden = body(ids, seen)
             hidden = hidden[:, :-1]
             target, answer = ids[:, 1:], answers[:, 1:]
-            other = real[:, 1:] & ~answer & (torch.rand(target.shape) < 0.25)
+            other = real[:, 1:] & ~answer & (torch.rand(target.shape) < 0.25).to(self.device)
             head = self.model.lm_head.weight
             on_answer = F.cross_entropy(F.linear(hidden[answer], head).float(), target[answer])
             on_prose = F.cross_entropy(F.linear(hidden[other], head).float(), target[other])
@@ -401,7 +412,8 @@ class Run:
         os.replace(self.args.out / "state.tmp", self.args.out / "state.pt")
 
     def resume(self) -> None:
-        state = torch.load(self.args.out / "state.pt", weights_only=True)
+        file = self.args.out / "state.pt"
+        state = torch.load(file, weights_only=True, map_location=self.device)
         self.model.load_state_dict(state.pop("model"))
         for optimizer, saved in zip(self.optimizers, state.pop("optimizers"), strict=True):
             optimizer.load_state_dict(saved)
@@ -421,6 +433,7 @@ def main() -> None:
     p.add_argument("--look-again", action="store_true", help="see look_again.py")
     p.add_argument("--mixed", action="store_true", help="draw every step's stage, by its minutes")
     p.add_argument("--compile", action="store_true")
+    p.add_argument("--device", default="cpu")
     integers = {
         "d": 256, "ff": 512, "layers": 4, "heads": 6, "kv_heads": 2, "head_dim": 64,
         "seed": 0, "threads": 2, "every": 50,

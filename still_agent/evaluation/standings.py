@@ -153,7 +153,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     axis: tuple[tuple[str, Callable[[Standing], float], Callable[[Standing], bool]], ...] = (
         ("ratio", lambda s: s.ratio, lambda s: s.rounds == 1),
         ("seconds to read and compact", lambda s: s.seconds, lambda s: s.rounds == 1),
-        ("rounds", lambda s: s.rounds, lambda s: s.ratio == max(x.ratio for x in every)),
+        ("chunks", lambda s: s.rounds, lambda s: s.ratio == max(x.ratio for x in every)),
     )
     for kind, line in zip(kinds, panels, strict=True):
         mine = [s for s in every if s.tasks == kind]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
@@ -60,9 +61,24 @@ def test_the_slots_that_an_error_names_are_enough() -> None:
         with pytest.raises(BudgetError) as refused:
             Budget(slots=256, **options).shares(pinned=250)
         named = int(str(refused.value).split("give slots=")[1].split()[0])
-        Budget(slots=named, **options).shares(pinned=250)
+        for enough in range(named, named + 64):
+            Budget(slots=enough, **options).shares(pinned=250)
         with pytest.raises(BudgetError):
             Budget(slots=named - 1, **options).shares(pinned=250)
+
+
+@pytest.mark.parametrize("options", [{}, {"memory": 200}, {"chunk": 100, "lookahead": 0}])
+def test_no_error_names_slots_beyond_the_window(options: dict[str, int]) -> None:
+    for pinned in (300, 700):
+        with pytest.raises(BudgetError, match=r"pin [0-9]+ tokens or fewer") as refused:
+            Budget(slots=320, **{"memory": 100, **options}).shares(pinned, window=400)
+        most, slots = map(int, re.findall(r"pin (\d+) .* slots=(\d+)", str(refused.value))[0])
+        assert slots == 400
+        Budget(slots=slots, **{"memory": 100, **options}).shares(most, window=400)
+        with pytest.raises(BudgetError):
+            Budget(slots=slots, **{"memory": 100, **options}).shares(most + 1, window=400)
+    with pytest.raises(BudgetError, match="make one of them smaller, for the model was trained"):
+        Budget(slots=2048, memory=1200, chunk=100, lookahead=0).shares(800, window=1024)
 
 
 def test_a_budget_cannot_be_changed() -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from typer.testing import CliRunner
 
 from still_agent.cli.app import app
 from still_agent.evaluation.bench import Bench, Context, Item
-from still_agent.evaluation.dialogues import Prose, Question
+from still_agent.evaluation.dialogues import Prose, Question, render
 from still_agent.evaluation.facts import Fact
 from still_agent.evaluation.grid import Grid, measure, outdated
 from still_agent.evaluation.phrasings import PERSON
@@ -22,8 +24,11 @@ from still_agent.evaluation.shares import shares_of
 from still_agent.evaluation.standings import draw, interval, leads, standings
 from still_agent.evaluation.trajectory import book
 from still_agent.models import FrozenModel, load_model
+from still_memory.compactors import AttentionMatchingCompactor, KVzipCompactor
 from still_memory.compactors.kv_distill import KVDistillCompactor, KVDistillConfig
 from still_memory.errors import InputError
+from still_memory.rotation import free
+from still_memory.span import Span
 
 METHODS = ("full", "none", "truncate", "streaming", "kvzip", "told-selection")
 PROSE = Prose([book()])
@@ -157,11 +162,35 @@ def test_rounds_end_with_the_same_number_of_slots(bench: Bench) -> None:
         assert max(entry.span.rounds for entry in state.entries) == max(1, rounds)
 
 
-def test_a_ruler_that_is_told_the_questions_keeps_other_slots(bench: Bench) -> None:
+@pytest.mark.parametrize(
+    ("ruler", "kind", "rival"),
+    [("told-selection", KVzipCompactor, "kvzip"),
+     ("told-attention-matching", AttentionMatchingCompactor, "attention-matching")],
+)  # fmt: skip
+def test_a_ruler_keeps_what_its_method_keeps_of_these_very_questions(
+    bench: Bench, ruler: str, kind: Any, rival: str
+) -> None:
     made = context(bench, "bindings")
-    blind = made.remembered("kvzip", 24, 1).entries[0].span.layers[0].positions
-    told = made.remembered("told-selection", 24, 1).entries[0].span.layers[0].positions
-    assert blind.shape == told.shape and not blind.equal(told)
+    fewer = replace(made.talk, exam=made.talk.exam[:1])
+    another = Context(bench, replace(made.item, talk=lambda: fewer))
+    (entry,) = made.whole.entries
+    whole = free(entry.span, bench.model.rope)
+
+    def asked(some: Context) -> Span:
+        lines = [line for question in some.talk.exam for line in question.lines()]
+        questions = render(bench.model.tokenizer, lines)[0]
+        return kind(bench.model, questions=tuple(questions)).compact([whole], 24)
+
+    def values(span: Span) -> torch.Tensor:
+        return torch.stack([slots.values for slots in span.layers])
+
+    def kept(some: Context, method: str) -> torch.Tensor:
+        return values(some.remembered(method, 24, 1).entries[0].span)
+
+    for some in (made, another):
+        torch.testing.assert_close(kept(some, ruler), values(asked(some)))
+    assert not kept(made, ruler).equal(kept(another, ruler))
+    assert kept(made, rival).equal(kept(another, rival))  # what is blind keeps the same
 
 
 @pytest.mark.parametrize("method", ["kvzip+shares+int8", "told-attention-matching"])
@@ -194,7 +223,7 @@ def test_shares_are_read_from_a_list_of_lists(tmp_path: Path) -> None:
             shares_of(file)
 
 
-def test_fitted_slots_know_what_a_told_selection_has_lost() -> None:
+def test_fitted_slots_know_what_a_told_selection_has_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     made = context(Bench(load_model("reference")), "niah_multikey_2", 512)
     (question,) = made.talk.exam
 
@@ -204,6 +233,12 @@ def test_fitted_slots_know_what_a_told_selection_has_lost() -> None:
         return score(made.ask(state, question), question.expected)
 
     assert (found("told-selection"), found("told-optimised")) == (0.0, 1.0)
+    told = dict(re.findall(r"for (\S+) is: (\d+)", made.talk.context[0].text))
+    (mine,) = (key for key in told if key in question.text)
+    other = next(key for key in told if key != mine)
+    another = replace(question, text=question.text.replace(mine, other), answer=told[other])
+    monkeypatch.setattr(made.talk, "exam", [another])  # fitted to what will not be asked
+    assert found("told-optimised") == 0.0
 
 
 @pytest.mark.parametrize(
