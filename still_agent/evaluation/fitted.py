@@ -43,12 +43,12 @@ class Fit:
 def require_window(model: FrozenModel, context: int, conversation: int) -> None:
     """InputError if the teacher cannot read both, in tokens, one behind the other."""
     if context + conversation > model.window:
-        least = max(model.window - conversation, 0)
+        left = model.window - conversation
+        shorter = f"ask for contexts of {left} or fewer, or " if left > 0 else ""
         raise InputError(
             f"slots are fitted to what {model.name!r} says on the whole context, and its window of "
             f"{model.window} does not hold {context} tokens and {conversation} of questions and "
-            f"replies: ask for contexts of {least} or fewer, or leave told-optimised and "
-            "cartridges out"
+            f"replies: {shorter}leave told-optimised and cartridges out"
         )
 
 

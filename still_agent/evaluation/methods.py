@@ -51,9 +51,11 @@ def schedule_of(method: str) -> ScheduleName:
 
 
 def scheduled(method: str, schedule: str) -> str:
-    """The name of a method that has no schedule yet, under one."""
+    """The name of a method under a schedule, unless it names one itself."""
+    if schedule == "rolling" or schedule_of(method) != "rolling":
+        return method
     name = plain(method)
-    return method if schedule == "rolling" else f"{name}+{schedule}{method[len(name) :]}"
+    return f"{name}+{schedule}{method[len(name) :]}"
 
 
 def compactor_of(method: str) -> str:

@@ -83,6 +83,7 @@ def test_a_schedule_stands_behind_a_methods_name() -> None:
     assert named == "kvzip+tiered+shares+int8"
     assert schedule_of(named) == "tiered" and compactor_of(named) == "kvzip+shares+int8"
     assert blind(named) and not is_rival(scheduled("kvzip", "append"))
+    assert scheduled(named, "append") == named
     assert scheduled("still", "rolling") == "still" and schedule_of("still") == "rolling"
     assert not any(schedule_of(method) != "rolling" for method in METHODS)
 
