@@ -13,7 +13,7 @@ which slots are worth having, and save no bytes.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -22,12 +22,38 @@ from still_memory.errors import CompactorError
 from still_memory.span import Span
 
 Shares = tuple[tuple[float, ...], ...]  # [layer][kv_head], in any unit; () is the same for all
+ByRatio = Mapping[float, Shares]  # for some numbers of tokens a slot
 Counts = Sequence[Sequence[int]]  # slots of each [layer][kv_head]
 
 
 def even(slots: int, most: Sequence[int], heads: int) -> Counts:
     """`slots` for each layer, but no more than its `most`."""
     return [[min(slots, n)] * heads for n in most]
+
+
+def at_ratio(shares: Shares | ByRatio, ratio: float) -> Shares:
+    """The shares for `ratio` tokens a slot: those of the nearest ratios, mixed by its logarithm.
+
+    Beyond the lowest and the highest, theirs. Each layer's part of all counts, whatever the units.
+    """
+    if not isinstance(shares, Mapping):
+        return shares
+    below = max((r for r in shares if r <= ratio), default=min(shares))
+    above = min((r for r in shares if r >= ratio), default=max(shares))
+    if below >= above:
+        return shares[above if ratio < below else below]
+    weight = math.log(ratio / below) / math.log(above / below)
+    low, high = _parts(shares[below]), _parts(shares[above])
+    return tuple(
+        tuple(a + (b - a) * weight for a, b in zip(*layers, strict=True))
+        for layers in zip(low, high, strict=True)
+    )
+
+
+def _parts(shares: Shares) -> Shares:
+    """`shares` in the unit in which the largest heads of all layers are 1 together."""
+    total = sum(map(max, shares))
+    return tuple(tuple(share / total for share in layer) for layer in shares)
 
 
 def dealt(slots: int, shares: Shares, most: Sequence[int]) -> Counts:

@@ -45,7 +45,7 @@ from still_memory.compactors import (
 from still_memory.compactors.still import StillCompactor
 from still_memory.errors import InputError
 from still_memory.rotation import free
-from still_memory.shares import Shares
+from still_memory.shares import ByRatio, Shares
 
 ROOM = 192  # tokens for a question and its reply
 LONGEST_REPLY = 96
@@ -72,7 +72,9 @@ class Bench:
     name: str = "reference"
     study: Study = field(default_factory=Study)
     watch: Watch = lambda *_: None  # while slots are fitted
-    shares: Shares = ()  # of rivals that are dealt out unequally; (): those of its compactor
+    shares: (
+        Shares | ByRatio
+    ) = ()  # of rivals that are dealt out unequally; (): those of its compactor
     reasoning: int = 0  # tokens granted to it before each reply; they are not scored
     _made: dict[str, Compactor] = field(default_factory=dict)
 
@@ -92,7 +94,7 @@ class Bench:
         if CARTRIDGES in cells.methods:
             header[CARTRIDGES] = asdict(self.study)
         if any(shared(m) or m.startswith("told-") for m in cells.methods) and self.dealt:
-            header["shares"] = [list(layer) for layer in self.dealt]
+            header["shares"] = json.loads(json.dumps(self.dealt))
         wanted = [(item, row) for item in items for row in _cells(cells, item)]
         held = {key(row): row for row in opened(out, header)}
         for item, row in wanted:
@@ -128,7 +130,7 @@ class Bench:
         return self._made[method]
 
     @cached_property
-    def dealt(self) -> Shares:
+    def dealt(self) -> Shares | ByRatio:
         """What each layer gets where slots are dealt out unequally; () if that is not known."""
         if self.shares or not (self.still or self.name == "reference"):
             return self.shares

@@ -11,7 +11,7 @@ from still_agent.text import file_text
 from still_memory.compactors import Compactor
 from still_memory.errors import InputError
 from still_memory.identity import CompactorIdentity
-from still_memory.shares import Counts, Shares, dealt, most
+from still_memory.shares import ByRatio, Counts, Shares, at_ratio, dealt, most
 from still_memory.span import Span
 
 
@@ -20,7 +20,7 @@ class SharedOut:
     """`inner`, but slots are dealt out by `shares`."""
 
     inner: Compactor
-    shares: Shares
+    shares: Shares | ByRatio
 
     @property
     def identity(self) -> CompactorIdentity:
@@ -30,7 +30,8 @@ class SharedOut:
         self, spans: Sequence[Span], slots: int | Counts, longest: int | None = None
     ) -> Span:
         if isinstance(slots, int):
-            slots = dealt(slots, self.shares, most(spans, longest))
+            tokens = spans[-1].end - spans[0].start
+            slots = dealt(slots, at_ratio(self.shares, tokens / slots), most(spans, longest))
         return self.inner.compact(spans, slots)
 
 

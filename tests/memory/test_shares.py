@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from still_memory.compactors.still import StillCompactor, StillConfig
 from still_memory.errors import CompactorError
-from still_memory.shares import Shares, best, dealt
+from still_memory.shares import Shares, at_ratio, best, dealt
 from tests.memory.test_still import MODEL, PAPER, SALIENT, span
 
 UNEVEN: Shares = ((1.0, 1.0), (4.0, 2.0))
@@ -129,3 +129,30 @@ def test_tokens_of_no_worth_give_a_layer_no_more_than_the_mean() -> None:
     with torch.no_grad():
         still.scorer.outward.bias.sub_(1.0)
     assert [len(slots) for slots in still.compact([span(0, 64)], 8).layers] == [8, 8]
+
+
+def test_shares_between_two_ratios_are_mixed_by_its_logarithm() -> None:
+    low, high = ((1.0, 1.0), (1.0, 0.5)), ((0.0, 0.0), (8.0, 4.0))
+    table = {32.0: high, 8.0: low}
+    for ratio, wanted in ((2.0, low), (8.0, low), (32.0, high), (500.0, high)):
+        assert at_ratio(table, ratio) == wanted
+    assert at_ratio(table, 16.0) == ((0.25, 0.25), (0.75, 0.375))
+    assert at_ratio(UNEVEN, 16.0) == UNEVEN
+    assert at_ratio({4.0: UNEVEN}, 1.0) == at_ratio({4.0: UNEVEN}, 9.0) == UNEVEN
+
+
+def test_a_config_may_name_shares_for_each_ratio() -> None:
+    table = {"4": ((1.0, 1.0), (1.0, 1.0)), "16": UNEVEN}
+    config = StillConfig(**{**SALIENT.model_dump(), "shares": table})
+    assert StillConfig.model_validate_json(config.model_dump_json()) == config
+    still = StillCompactor(config, MODEL)
+    (few, many), (one, other) = (
+        [len(layer) for layer in still.compact([span(0, 64)], slots).layers] for slots in (4, 16)
+    )
+    assert (few, many) == (2, 5) and (one, other) == (16, 16)
+    first = still.compact([span(0, 32)], 8)  # of all tokens, not of the slots that are left of them
+    later = still.compact([first, span(32, 64, seed=1)], 4)
+    assert [len(layer) for layer in later.layers] == [2, 5]
+    for wrong in ({"4": ((1.0,), (1.0,))}, {"0.5": UNEVEN}, {"4": ((0.0, 0.0), (0.0, 0.0))}):
+        with pytest.raises((ValueError, CompactorError)):
+            StillConfig(**{**SALIENT.model_dump(), "shares": wrong})

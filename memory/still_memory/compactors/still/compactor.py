@@ -21,7 +21,7 @@ from still_memory.compactors.still.scorer import Scorer
 from still_memory.compactors.trained import TrainedCompactor, settings_of
 from still_memory.errors import CompactorError
 from still_memory.identity import ModelIdentity
-from still_memory.shares import Counts, best, counted, dealt, even, most
+from still_memory.shares import Counts, Shares, at_ratio, best, counted, dealt, even, most
 from still_memory.span import Span
 
 
@@ -165,7 +165,7 @@ class StillCompactor(TrainedCompactor):
         if isinstance(slots, int):
             held = most(spans, longest)
             slots = (
-                dealt(slots, self.config.shares, self._useful(cache, slots, held))
+                dealt(slots, self._shares(spans, slots), self._useful(cache, slots, held))
                 if self.config.shares
                 else even(slots, held, self.config.kv_heads)
             )
@@ -179,6 +179,10 @@ class StillCompactor(TrainedCompactor):
             start=spans[0].start, end=spans[-1].end, layers=written, rotated_at=None,
             rounds=1 + max(s.rounds for s in spans), compactor=self.identity.address,
         )  # fmt: skip
+
+    def _shares(self, spans: Sequence[Span], slots: int) -> Shares:
+        """Those for the ratio to which all tokens that `spans` stand for are shortened."""
+        return at_ratio(self.config.shares, (spans[-1].end - spans[0].start) / slots)
 
     def _useful(self, cache: Cache, slots: int, most: Sequence[int]) -> list[int]:
         """The most of `most` that a layer can use beyond the mean layer's `slots`."""

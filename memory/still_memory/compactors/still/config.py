@@ -5,7 +5,7 @@ Each departure is an option, named here with its reason; docs/still.md has the m
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -41,9 +41,10 @@ class StillConfig(BaseModel):
     choice, by the mean of the scorer's logits: over hundreds of rounds a head's own score lets
     prose crowd out what other heads still need (docs/results.md)."""
 
-    shares: Shares = ()
-    """What each `[layer][kv_head]` should get of the slots, in any unit, as measured for its model;
-    () is the same for all, as in the paper."""
+    shares: Shares | dict[Annotated[float, Field(ge=1)], Shares] = ()
+    """What each `[layer][kv_head]` should get of the slots, in any unit, as measured for its model:
+    once, or for several ratios (between them see `still_memory.shares.at_ratio`); () is the same
+    for all, as in the paper."""
 
     worth: float = -3.0
     """`salient` with `shares`: tokens with a lower logit give a layer no claim to more slots than
@@ -65,11 +66,12 @@ class StillConfig(BaseModel):
 
     @model_validator(mode="after")
     def _shares_fit(self) -> Self:
-        if self.shares:
-            shape = [len(layer) for layer in self.shares]
+        some = self.shares.values() if isinstance(self.shares, dict) else [self.shares]
+        for shares in some if self.shares else ():
+            shape = [len(layer) for layer in shares]
             if shape != [self.kv_heads] * self.layers:
                 raise ValueError(
                     f"shares of {shape} heads do not fit {self.layers} layers of {self.kv_heads}"
                 )
-            dealt(1, self.shares, [1] * self.layers)
+            dealt(1, shares, [1] * self.layers)
         return self
