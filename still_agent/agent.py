@@ -26,6 +26,7 @@ from still_agent.session import Session
 from still_agent.steps import Steps
 from still_agent.text import LONGEST, check_message
 from still_memory.checkpoint import Checkpoint
+from still_memory.codec import EXACT
 from still_memory.compactors.base import Compactor
 from still_memory.errors import ConflictError, DamageError, InputError
 from still_memory.portable import UNVERIFIED, Portable
@@ -73,6 +74,7 @@ class Agent:
         sampling: Sampling | None = None,
         on_compaction: OnCompaction | None = None,
         keep_checkpoints: int = 2,
+        codec: str | None = None,
         longest_message: int = LONGEST,
     ) -> Self:
         """Load a model and open a store.
@@ -84,6 +86,8 @@ class Agent:
             model), or a `Compactor`; None is the one packaged with the reference model.
         on_compaction: called after each compaction, see `events.OnCompaction`.
         keep_checkpoints: how many saved states of a session stay in the store.
+        codec: how memory is kept from now on, "exact", "int8" or "int4"; None is the store's own,
+            at first "exact". The others round what a model reads, in memory as in the file.
         longest_message: characters that `send` and `stream` accept.
 
         Raises InputError, BudgetError, CompactorError, IdentityError, StoreError.
@@ -92,9 +96,9 @@ class Agent:
         (budget or Budget()).require_window(model.window)
         chosen = choose_compactor(compactor, name, model)
         kept: Store = (
-            EphemeralStore()
+            EphemeralStore(EXACT if codec is None else codec)
             if store is None
-            else MemoryStore(store, keep_checkpoints=keep_checkpoints)
+            else MemoryStore(store, keep_checkpoints=keep_checkpoints, codec=codec)
         )
         agent = cls(
             model,
@@ -297,8 +301,11 @@ class Agent:
 
     def _state(self) -> tuple[RollingState, Steps]:
         """An empty state, and what notes its compactions."""
-        steps = Steps(self.budget, lambda: self.compactor.identity.address, self._on_compaction)
-        return RollingState(self.model, self.compactor, self.budget, steps), steps
+        codec = self.store.codec
+        steps = Steps(
+            self.budget, lambda: self.compactor.identity.address, self._on_compaction, codec
+        )
+        return RollingState(self.model, self.compactor, self.budget, steps, codec), steps
 
     def _opened(self, state: RollingState, steps: Steps, head: Head) -> Session:
         """One object for one session, also when several threads open it at once."""

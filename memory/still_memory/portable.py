@@ -29,7 +29,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from still_memory.checkpoint import Checkpoint, Entry, Share
-from still_memory.codec import decode, encode
+from still_memory.codec import EXACT, check_codec, decode, encode
 from still_memory.errors import (
     DamageError,
     InputError,
@@ -42,7 +42,8 @@ from still_memory.records import Head, NewTurn, TurnRecord, check_session_name, 
 from still_memory.span import Span
 from still_memory.spans_table import MAX_LAYERS, fault
 
-KIND, VERSION = b"still session ", b"1\n"
+KIND = b"still session "
+EXACTLY, CODED = b"1\n", b"2\n"  # versions: the second may hold spans in other codecs
 _DIGEST = hashlib.sha256().digest_size
 _JSON = 1 << 26  # bytes of one JSON frame, at most
 _LAYER = 1 << 31  # and of one layer
@@ -88,6 +89,7 @@ class _Span(_Strict):
     rounds: _Count
     compactor: str | None
     ids: list[_Token] | None
+    codec: str = EXACT
     layers: Annotated[int, Field(ge=1, le=MAX_LAYERS)]
 
 
@@ -205,7 +207,7 @@ class Portable:
                 _Span(
                     start=s.start, end=s.end, rotated_at=s.rotated_at, rounds=s.rounds,
                     compactor=s.compactor, ids=None if s.ids is None else list(s.ids),
-                    layers=len(s.layers),
+                    codec=s.codec or EXACT, layers=len(s.layers),
                 )
                 for s in spans
             ],
@@ -215,18 +217,20 @@ class Portable:
             ],
             extra=dict(self.checkpoint.extra),
         )  # fmt: skip
-        yield KIND + VERSION
-        yield from _frame(header.model_dump_json().encode(), _JSON)
+        exact = not any(s.coded for s in spans)
+        yield KIND + (EXACTLY if exact else CODED)
+        told = header.model_dump_json(exclude_defaults=exact)
+        yield from _frame(told.encode(), _JSON)
         for turn in self.turns:
             created = (turn.created or datetime.now(UTC)).isoformat()
-            told = _Turn(
+            said = _Turn(
                 role=turn.role, text=turn.text, tokens=list(turn.tokens), created=created,
                 usage=dict(turn.usage),
             )  # fmt: skip
-            yield from _frame(told.model_dump_json().encode(), _JSON)
+            yield from _frame(said.model_dump_json().encode(), _JSON)
         for span in spans:
-            for slots in span.layers:
-                yield from _frame(encode(slots), _LAYER)
+            for data in span.coded or map(encode, span.layers):
+                yield from _frame(data, _LAYER)
 
     @classmethod
     def _read(cls, frames: _Frames) -> Self:
@@ -257,10 +261,10 @@ class _Frames:
         self._file, self._seen = file, hashlib.sha256()
         self._left = os.fstat(file.fileno()).st_size
         kind = file.read(len(KIND))
-        version = file.read(len(VERSION))
+        version = file.read(len(EXACTLY))
         if kind != KIND:
             raise InputError(f"{path!r} is not an exported session; name a file of an export")
-        if version != VERSION:
+        if version not in (EXACTLY, CODED):
             raise StoreError(
                 f"{path!r} was written by another version of still-agent; upgrade still-agent, or "
                 "export the session again"
@@ -316,9 +320,14 @@ def _new_turn(data: bytes) -> NewTurn:
 
 def _span(told: _Span, frames: _Frames) -> Span:
     what = f"a layer in {frames.path!r}"
-    layers = tuple(decode(frames.next(_LAYER), what) for _ in range(told.layers))
+    codec = check_codec(told.codec)
+    coded = tuple(frames.next(_LAYER) for _ in range(told.layers))
+    layers = tuple(decode(data, what, codec=codec) for data in coded)
     ids = None if told.ids is None else tuple(told.ids)
-    span = Span(told.start, told.end, layers, told.rotated_at, told.rounds, told.compactor, ids)
+    span = Span(
+        told.start, told.end, layers, told.rotated_at, told.rounds, told.compactor, ids, codec,
+        () if codec == EXACT else coded,
+    )  # fmt: skip
     if why := fault(span):
         raise ValueError(why)
     for slots in layers:

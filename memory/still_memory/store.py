@@ -24,11 +24,13 @@ from pydantic import JsonValue
 
 from still_memory import checkpoints_table, drafts_table, ledger, words
 from still_memory.checkpoint import Checkpoint
+from still_memory.codec import CODECS, EXACT, check_codec
 from still_memory.database import StoreFile, give_back_pages
 from still_memory.errors import (
     ConflictError,
     DamageError,
     InputError,
+    StoreError,
     UnknownSessionError,
     deleted,
 )
@@ -63,9 +65,11 @@ class MemoryStore:
     `synchronous`: with FULL, a turn is on disk when its commit returns. With NORMAL the disk is
     not waited for, so a power cut may take the newest turns (never a part of one, and never one
     that the end of a process alone would take); it is faster where syncs are slow.
-    `keep_checkpoints` newest checkpoints of each session are kept. `bytes_written` counts what
-    this object has put into rows: tensors, text, token ids, checkpoints. Every method may
-    raise StoreError.
+    `keep_checkpoints` newest checkpoints of each session are kept. `codec`, one of
+    `codec.CODECS`, is what new spans are written in from now on, by every later opening too; None
+    is the store's own, at first "exact". Spans that are there stay as they are.
+    `bytes_written` counts what this object has put into rows: tensors, text, token ids,
+    checkpoints. Every method may raise StoreError.
     """
 
     def __init__(
@@ -75,9 +79,12 @@ class MemoryStore:
         synchronous: str = "FULL",
         timeout: float = 30.0,
         keep_checkpoints: int = 2,
+        codec: str | None = None,
     ) -> None:
         if keep_checkpoints < 1:
             raise InputError("keep_checkpoints must be at least 1: the head is a checkpoint")
+        if codec is not None:
+            check_codec(codec)
         self._file = StoreFile(path, synchronous, timeout)
         self._keep = keep_checkpoints
         self.bytes_written = 0
@@ -86,11 +93,12 @@ class MemoryStore:
                 row = conn.execute("select value from meta where name = 'key'").fetchone()
             if row is None or type(row[0]) is not bytes or len(row[0]) != 32:
                 raise DamageError(f"the store {path} has lost its key; restore it from a copy")
+            self.codec = self._settle_codec(codec)
         except BaseException:
             self._file.close()
             raise
         self._key: bytes = row[0]
-        self._spans = SpansTable(self._key)
+        self._spans = SpansTable(self._key, self.codec)
 
     @property
     def path(self) -> Path:
@@ -451,6 +459,23 @@ class MemoryStore:
         if found != mark or model.address != address:
             raise _damaged(session, "its newest checkpoint does not match its digest")
         return head
+
+    def _settle_codec(self, chosen: str | None) -> str:
+        """The codec of new spans; the choice is kept in the file."""
+        query = "select value from meta where name = 'codec'"
+        with self._file.reading() as conn:
+            row = conn.execute(query).fetchone()
+        known = EXACT if row is None else bytes(row[0]).decode("utf-8", "replace")
+        if chosen not in (None, known):
+            known = chosen
+            with self._file.writing() as conn:
+                conn.execute("insert or replace into meta values ('codec', ?)", [known.encode()])
+        if known not in CODECS:
+            raise StoreError(
+                f"the store {self.path} writes new spans in {known[:20]!r}, which this version "
+                "does not know: upgrade still-agent, or choose a codec"
+            )
+        return known
 
     def _log_bytes(self) -> int:
         log = self.path.with_name(self.path.name + "-wal")

@@ -197,6 +197,57 @@ def test_an_exported_session_is_read_by_the_page_alone(
     ]
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_rounded_layers_are_read_by_the_page_alone(
+    bits: int, open_store: Opens, model: ModelIdentity, state: Checkpoint
+) -> None:
+    store = open_store(codec=f"int{bits}")
+    head = store.create("x", model, checkpoint=state, turns=[], settings={})
+    ours = store.load(head)
+    with store._file.reading() as conn:
+        rows = conn.execute(
+            "select l.data, s.address, l.layer from span_layers l join spans s on s.id = l.span"
+            " where s.codec = ?",
+            (f"int{bits}",),
+        ).fetchall()
+        (chosen,) = conn.execute("select value from meta where name = 'codec'").fetchone()
+    assert chosen == f"int{bits}".encode() and len(rows) == 4
+    seen = []
+    for data, _, _ in rows:
+        (length,) = struct.unpack_from("<Q", data)
+        header = json.loads(data[8 : 8 + length])
+        told = ("positions", "bias", "salience", "keys_low", "keys_high", "values_low",
+                "values_high", "keys", "values")  # fmt: skip
+        assert list(header) == [name for name in told if name in header]
+        found, at = {}, 0
+        for name, about in header.items():
+            low, high = about["data_offsets"]
+            assert low == at
+            raw = data[8 + length + low : 8 + length + high]
+            kind = "u1" if name in ("keys", "values") else DTYPES[about["dtype"]]
+            found[name] = np.frombuffer(raw, kind).reshape(about["shape"])
+            at = high
+        slots = found["positions"].shape[1]
+        for name, axis in (("keys", 1), ("values", 2)):
+            steps = found[name]
+            if bits == 4:
+                steps = np.stack([steps & 15, steps >> 4], 2).reshape(len(steps), -1, 8)[:, :slots]
+            low, high = (
+                np.repeat(found[f"{name}_{edge}"], 32, axis)[:, :slots, :8]
+                for edge in ("low", "high")
+            )
+            width = (high - low) / np.float32(2**bits - 1)
+            found[name] = steps * np.maximum(width, np.float32(1e-12)) + low
+        seen.append(found)
+    layers = [slots.tensors() for e in ours.entries for slots in e.span.layers]
+    for theirs in layers:
+        assert any(
+            found.keys() >= theirs.keys()
+            and all(np.array_equal(found[n], t.numpy()) for n, t in theirs.items())
+            for found in seen
+        )
+
+
 def documented() -> dict[str, set[str]]:
     """The tables of the page, and their columns."""
     tables: dict[str, set[str]] = {}
