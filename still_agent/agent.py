@@ -67,6 +67,7 @@ class Agent:
         name: str | Path = "reference",
         *,
         store: str | Path | None = None,
+        tenant: str = "",
         budget: Budget | None = None,
         compactor: str | Path | Compactor | None = None,
         device: str | torch.device | None = None,
@@ -82,6 +83,7 @@ class Agent:
         name: "reference", a folder, or a hub id.
         store: a SQLite file, made if it is not there; None keeps conversations in memory only,
             for as long as the agent lives.
+        tenant: whose conversations in that file; this agent sees no other's.
         compactor: a folder that training wrote, a name in `TRAINING_FREE` such as "kvzip" (any
             model), or a `Compactor`; None is the one packaged with the reference model.
         on_compaction: called after each compaction, see `events.OnCompaction`.
@@ -98,7 +100,7 @@ class Agent:
         kept: Store = (
             EphemeralStore(EXACT if codec is None else codec)
             if store is None
-            else MemoryStore(store, keep_checkpoints=keep_checkpoints, codec=codec)
+            else MemoryStore(store, tenant=tenant, keep_checkpoints=keep_checkpoints, codec=codec)
         )
         agent = cls(
             model,
@@ -132,7 +134,7 @@ class Agent:
         raise ConflictError(f"session {id!r} is being made or moved on elsewhere; try again")
 
     def sessions(self) -> list[SessionInfo]:
-        """What the store holds, newest first."""
+        """The tenant's conversations, newest first."""
         return self.store.sessions()
 
     def delete(self, id: str) -> None:
@@ -178,7 +180,7 @@ class Agent:
         return chat
 
     def prune(self, retention: Retention, *, dry_run: bool = False) -> Pruned:
-        """Take out of the store what `retention` does not let stay; see `MemoryStore.prune`.
+        """Take out what `retention` does not let stay of the tenant's; see `MemoryStore.prune`.
 
         Whoever holds a session that goes is told as after `delete`. InputError for an agent
         without a store's file.
@@ -270,6 +272,7 @@ class Agent:
         if self._command is None or not isinstance(self.store, MemoryStore):
             return told
         options = ["--store", str(self.store.path), *self._command]
+        options += ["--tenant", self.store.tenant] if self.store.tenant else []
         command = shlex.join(["still-agent", "sessions", "rebuild", *options, "--", id])
         return f"{told}, or `{command}`"
 

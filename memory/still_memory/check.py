@@ -25,10 +25,10 @@ MOST = 1000  # findings
 
 OnProgress = Callable[[str, int, int], None]  # what is read, how much of it, of how much
 
-_TABLES = (
-    "meta", "models", "turns", "sessions", "checkpoints", "spans", "span_layers",
-    "checkpoint_spans",
+_REFERRING = (
+    "models", "turns", "sessions", "checkpoints", "spans", "span_layers", "checkpoint_spans"
 )  # fmt: skip
+_TABLES = ("meta", "tenants", *_REFERRING)
 _KINDS = {"turns": "turn", "checkpoints": "checkpoint", "spans": "span", "sessions": "session"}
 # What is no damage, but a reason why nothing can be said.
 _ELSEWHERE = ("BUSY", "LOCKED", "NOMEM", "FULL", "CANTOPEN", "PERM", "AUTH", "INTERRUPT")
@@ -78,8 +78,7 @@ def _check(conn: sqlite3.Connection, path: Path, tell: OnProgress) -> Report:
                 _dangling(conn, noted)
             with _noting(noted, "a table"):
                 counts = _counted(conn)
-            if "m002_token_ids" not in applied:  # for this connection alone
-                conn.execute("create temp view spans as select *, null as ids from main.spans")
+            _as_now(conn, applied)
             _check_rows(conn, noted, counts, tell, "m003_words" in applied)
     except Enough:
         complete = False
@@ -97,18 +96,21 @@ def _check_rows(
             noted.add("key", "the store has lost its key")
             return
         key = bytes(row[0])
+    keys: dict[int, bytes] = {}
+    with _noting(noted, "the table of tenants"):
+        keys = check_rows.tenants(conn, key, noted)
     with _noting(noted, "the table of models"):
         models = check_rows.models(conn, noted)
         with _noting(noted, "the table of sessions"):
             check_rows.sessions(conn, noted)
         with _noting(noted, "the table of turns"):
-            for done in check_rows.turns(conn, key, noted):
+            for done in check_rows.turns(conn, keys, noted):
                 tell("turns", done, counts["turns"])
         with _noting(noted, "the table of checkpoints"):
-            for done in check_rows.checkpoints(conn, key, models, noted):
+            for done in check_rows.checkpoints(conn, keys, models, noted):
                 tell("checkpoints", done, counts["checkpoints"])
         with _noting(noted, "the table of spans"):
-            for done in check_rows.spans(conn, key, noted):
+            for done in check_rows.spans(conn, keys, noted):
                 tell("bytes of spans", done, counts["span_bytes"])
         if indexed:
             with _noting(noted, "the index of words"):
@@ -116,6 +118,16 @@ def _check_rows(
                     tell("turns in the index of words", done, counts["turns"])
         with _noting(noted, "what nothing leads to"):
             check_rows.leftovers(conn, noted)
+
+
+def _as_now(conn: sqlite3.Connection, applied: set[str]) -> None:
+    """For this connection alone, the tables as the newest migration would leave them."""
+    if "m002_token_ids" not in applied:
+        conn.execute("create temp view spans as select *, null as ids from main.spans")
+    if "m005_tenants" not in applied:
+        conn.execute("create temp view tenants as select 1 as id, '' as name")
+        for table in ("models", "sessions", "turns"):
+            conn.execute(f"create temp view {table} as select *, 1 as tenant from main.{table}")
 
 
 def _open(path: Path, timeout: float) -> sqlite3.Connection:
@@ -227,11 +239,11 @@ def _empty() -> sqlite_utils.Database:
 
 def _dangling(conn: sqlite3.Connection, noted: Noted) -> None:
     """Rows that refer to one that is not there."""
-    for table in _TABLES:
+    for table in _REFERRING:
         keys = {row[0]: row for row in conn.execute(f"pragma foreign_key_list({table})")}
         for _, row, parent, number in conn.execute(f"pragma foreign_key_check({table})"):
             how = f"in {table}: the {keys[number][3]} it belongs to is missing in {parent}"
-            if table == "turns":
+            if keys[number][3] == "parent":
                 noted.turn("the turn before it is missing", row)
             elif table == "checkpoints":
                 noted.checkpoint(f"the {keys[number][3]} it names is missing", row)

@@ -17,6 +17,20 @@ from still_memory.identity import ModelIdentity
 from still_memory.records import Head, check_session_name
 from still_memory.span import Span
 from still_memory.spans_table import SpansTable
+from still_memory.tenants import DEFAULT, check_tenant, key_of, label
+
+
+def tenants(conn: sqlite3.Connection, store_key: bytes, noted: Noted) -> dict[int, bytes]:
+    """The tenants' keys, by row; of those whose names can be read."""
+    found: dict[int, bytes] = {}
+    for row, name in conn.execute("select id, name from tenants"):
+        try:
+            if (name == "") != (row == DEFAULT):
+                raise ValueError("the default tenant alone has no name")
+            found[row] = key_of(store_key, check_tenant(name))
+        except ValueError as error:
+            noted.add("tenant", f"its name cannot be used ({error})", row=row)
+    return found
 
 
 def models(conn: sqlite3.Connection, noted: Noted) -> dict[int, ModelIdentity]:
@@ -32,7 +46,7 @@ def models(conn: sqlite3.Connection, noted: Noted) -> dict[int, ModelIdentity]:
             how = "its description cannot be read"
         found.pop(row, None)
         held = conn.execute(
-            "select c.id from checkpoints c join sessions s on s.id = c.session where model = ?",
+            "select c.id from checkpoints c join sessions s on s.id = c.session where s.model = ?",
             (row,),
         ).fetchall()
         noted.add("model", how, checkpoints=[c for (c,) in held], row=row)
@@ -42,13 +56,18 @@ def models(conn: sqlite3.Connection, noted: Noted) -> dict[int, ModelIdentity]:
 def sessions(conn: sqlite3.Connection, noted: Noted) -> None:
     """Names, times and settings can be read, and the head is the newest checkpoint."""
     rows = conn.execute(
-        "select s.id, name, s.generation, created, updated, settings,"
-        " (select max(c.generation) from checkpoints c where c.session = s.id) from sessions s"
+        "select s.id, n.name, s.name, s.tenant = m.tenant, s.generation, created, updated,"
+        " settings, (select max(c.generation) from checkpoints c where c.session = s.id)"
+        " from sessions s left join tenants n on n.id = s.tenant"
+        " left join models m on m.id = s.model"
     )
-    for row, name, generation, created, updated, settings, newest in rows:
+    for row, tenant, own, same, generation, created, updated, settings, newest in rows:
+        name = label(tenant or "", own)
+        if same == 0:
+            noted.add("session", "a model of another tenant", sessions=[name], row=row)
         try:
-            if not (type(name) is str and drafts_table.is_name(name)):
-                check_session_name(name)
+            if not (type(own) is str and drafts_table.is_name(own)):
+                check_session_name(own)
             datetime.fromisoformat(created), datetime.fromisoformat(updated)
             json.loads(settings)
         except (ValueError, RecursionError) as error:
@@ -62,19 +81,23 @@ def sessions(conn: sqlite3.Connection, noted: Noted) -> None:
             )  # fmt: skip
 
 
-def turns(conn: sqlite3.Connection, key: bytes, noted: Noted) -> Iterator[int]:
+def turns(conn: sqlite3.Connection, keys: Mapping[int, bytes], noted: Noted) -> Iterator[int]:
     """Each turn matches its digest, and follows one that was there before it."""
     rows = conn.execute(
-        "select t.id, t.parent, p.id, p.digest, t.digest, t.role, t.created, t.usage, t.tokens,"
-        " t.text from turns t left join turns p on p.id = t.parent order by t.id"
+        "select t.id, t.tenant, t.parent, p.id, p.tenant, p.digest, t.digest, t.role, t.created,"
+        " t.usage, t.tokens, t.text from turns t left join turns p on p.id = t.parent order by t.id"
     )
-    for done, (row, parent, there, above, mark, *said) in enumerate(rows, 1):
+    for done, (row, tenant, parent, there, its, above, mark, *said) in enumerate(rows, 1):
         try:
+            if tenant not in keys:
+                raise ValueError("its tenant is not known")
+            if there is not None and its != tenant:
+                raise ValueError("it follows a turn of another tenant")
             if parent is not None and parent >= row:
                 raise ValueError("it follows a turn that is later than itself")
             if parent is not None and there is None:
                 continue  # told with the references
-            if ledger.digest(key, b"still turn", above or b"", *said) != mark:
+            if ledger.digest(keys[tenant], b"still turn", above or b"", *said) != mark:
                 raise ValueError("it does not match its digest")
             datetime.fromisoformat(said[1]), json.loads(said[2])
             if len(said[3]) % 4:
@@ -85,20 +108,29 @@ def turns(conn: sqlite3.Connection, key: bytes, noted: Noted) -> Iterator[int]:
 
 
 def checkpoints(
-    conn: sqlite3.Connection, key: bytes, models: Mapping[int, ModelIdentity], noted: Noted
+    conn: sqlite3.Connection,
+    keys: Mapping[int, bytes],
+    models: Mapping[int, ModelIdentity],
+    noted: Noted,
 ) -> Iterator[int]:
     """Each checkpoint matches its digest, makes a state, and holds the spans that it names."""
     rows = conn.execute(
-        "select c.id, s.name, s.model, s.settings, c.generation, c.turn, t.digest, c.turns,"
-        " c.tokens, c.digest, c.slots, c.bytes, c.entries, c.extra from checkpoints c"
-        " join sessions s on s.id = c.session left join turns t on t.id = c.turn order by c.id"
+        "select c.id, s.tenant, s.name, s.model, s.settings, c.generation, c.turn, t.digest,"
+        " t.tenant, c.turns, c.tokens, c.digest, c.slots, c.bytes, c.entries, c.extra"
+        " from checkpoints c join sessions s on s.id = c.session"
+        " left join turns t on t.id = c.turn order by c.id"
     )
     for done, row in enumerate(rows, 1):
-        identity, name, model, settings, generation, turn, last, turns, tokens, mark, *rest = row
+        identity, tenant, name, model, settings, generation, turn, last, its, *rest = row
+        turns, tokens, mark, *rest = rest
         if model in models and (turn is None or last is not None):  # else that was told
             head = Head(name, 0, generation, identity, turn, turns, tokens, models[model], {})
             try:
-                content = tuple(rest)
+                if tenant not in keys:
+                    raise ValueError("its session's tenant is not known")
+                if turn is not None and its != tenant:
+                    raise ValueError("its last turn is another tenant's")
+                content, key = tuple(rest), keys[tenant]
                 if checkpoints_table.seal(key, head, last or b"", settings, content) != mark:
                     raise ValueError("it does not match its digest")
                 _check_entries(noted, conn, identity, model, tokens, *rest[2:])
@@ -107,17 +139,19 @@ def checkpoints(
         yield done
 
 
-def spans(conn: sqlite3.Connection, key: bytes, noted: Noted) -> Iterator[int]:
+def spans(conn: sqlite3.Connection, keys: Mapping[int, bytes], noted: Noted) -> Iterator[int]:
     """Every layer of every span is what was written. Yields the bytes that are read."""
-    table = SpansTable(key)
+    tables = {tenant: SpansTable(key) for tenant, key in keys.items()}
     rows = conn.execute(
-        "select s.id, s.address, m.address, s.bytes from spans s join models m on m.id = s.model"
-        " order by s.id"
+        "select s.id, s.address, m.tenant, m.address, s.bytes from spans s"
+        " join models m on m.id = s.model order by s.id"
     )
     done = 0
-    for row, address, model, size in rows:
+    for row, address, tenant, model, size in rows:
         try:
-            for layer, how in table.faults(conn, address, model):
+            if tenant not in tables:
+                raise ValueError("its model's tenant is not known")
+            for layer, how in tables[tenant].faults(conn, address, model):
                 noted.span(how, row, address, layer)
         except (StoreError, ValueError) as error:
             noted.span(str(error), row, address, None)

@@ -1,7 +1,8 @@
 """Checkpoints in the store: a short list of entries, and a digest that seals all it rests on.
 
-The seal covers the session's name, generation, model and settings, the digest of its last turn
-(and so every turn), and the entries with their spans' addresses (and so every tensor).
+The seal covers the session's tenant (whose key makes it), name, generation, model and settings,
+the digest of its last turn (and so every turn), and the entries with their spans' addresses (and
+so every tensor).
 """
 
 from __future__ import annotations

@@ -216,6 +216,8 @@ class StoreFile:
         known = {m.name for m in migrations.pending(db)}
         if not known:
             return self._refuse_newer(db)
+        # A table that is written anew is not to take with it what refers to it.
+        conn.execute("pragma foreign_keys = off")
         conn.execute("begin immediate")
         try:
             self._refuse_newer(db)
@@ -225,6 +227,7 @@ class StoreFile:
             if conn.in_transaction:
                 conn.execute("rollback")
             raise
+        conn.execute("pragma foreign_keys = on")
 
     def _refuse_newer(self, db: sqlite_utils.Database) -> None:
         applied = {m.name for m in migrations.applied(db)}

@@ -8,9 +8,11 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Literal
 
+from still_memory.tenants import label
+
 Kind = Literal[
-    "file", "schema", "key", "model", "session", "turn", "checkpoint", "span", "reference",
-    "words", "leftover",
+    "file", "schema", "key", "tenant", "model", "session", "turn", "checkpoint", "span",
+    "reference", "words", "leftover",
 ]  # fmt: skip
 
 _COPY = "restore the store from a copy"
@@ -19,6 +21,7 @@ REMEDIES: Mapping[Kind, str] = {
     "file": f"{_COPY}, or save what can be read with `sqlite3 FILE .recover`",
     "schema": f"{_COPY}; do not use this file, whose schema is not still-agent's",
     "key": f"{_COPY}: without the key no digest in the file can be checked",
+    "tenant": f"{_COPY}: the tenant's digests are made with its name",
     "model": _COPY,
     "session": f"{_COPY}, or delete the session",
     "turn": f"{_COPY}, or delete the session",
@@ -39,7 +42,7 @@ class Finding:
 
     kind: Kind
     how: str
-    sessions: tuple[str, ...] = ()  # those that it harms
+    sessions: tuple[str, ...] = ()  # those that it harms; with its tenant, but for the default one
     row: int | None = None  # id in the table of its kind
     turn: int | None = None  # the number of a turn, or of a checkpoint's last, as history counts
     generation: int | None = None  # of a checkpoint
@@ -52,7 +55,7 @@ class Finding:
 
     def __str__(self) -> str:
         place: list[str] = []
-        if self.kind in ("session", "model"):
+        if self.kind in ("tenant", "session", "model"):
             place += [self.kind]
         if self.generation is not None:
             place += [f"checkpoint {self.generation}"]
@@ -173,11 +176,11 @@ class Noted:
 
     def _named(self, checkpoint: int) -> list[tuple[str, int]]:
         rows = self._conn.execute(
-            "select s.name, c.turns from checkpoints c join sessions s on s.id = c.session"
-            " where c.id = ?",
+            "select coalesce(n.name, ''), s.name, c.turns from checkpoints c join sessions s"
+            " on s.id = c.session left join tenants n on n.id = s.tenant where c.id = ?",
             (checkpoint,),
         ).fetchall()
-        return [(_shown(name), turns) for name, turns in rows]
+        return [(_shown(label(tenant, name)), turns) for tenant, name, turns in rows]
 
 
 def _shown(text: str) -> str:

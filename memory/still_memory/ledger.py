@@ -32,18 +32,26 @@ def digest(key: bytes, purpose: bytes, *parts: bytes | str | int | None) -> byte
 
 
 def append(
-    conn: sqlite3.Connection, key: bytes, parent: int | None, turns: Sequence[NewTurn], now: str
+    conn: sqlite3.Connection,
+    key: bytes,
+    tenant: int,
+    parent: int | None,
+    turns: Sequence[NewTurn],
+    now: str,
 ) -> tuple[int | None, bytes, int]:
-    """Save `turns` after `parent`: the last turn's id and digest, and the bytes written."""
-    above = turn_digest(conn, parent)
+    """Save `turns` after `parent`: the last turn's id and digest, and the bytes written.
+
+    DamageError if `parent` is no turn of the tenant's.
+    """
+    above = turn_digest(conn, tenant, parent)
     written = 0
     for turn in turns:
         row = _row(turn, now)
         above = digest(key, b"still turn", above, *row)
         cursor = conn.execute(
-            "insert into turns (parent, role, created, usage, tokens, text, digest)"
-            " values (?, ?, ?, ?, ?, ?, ?)",
-            (parent, *row, above),
+            "insert into turns (tenant, parent, role, created, usage, tokens, text, digest)"
+            " values (?, ?, ?, ?, ?, ?, ?, ?)",
+            (tenant, parent, *row, above),
         )
         parent = cursor.lastrowid
         assert parent is not None
@@ -52,13 +60,14 @@ def append(
     return parent, above, written
 
 
-def turn_digest(conn: sqlite3.Connection, turn: int | None) -> bytes:
-    """What stands for the conversation up to `turn`."""
+def turn_digest(conn: sqlite3.Connection, tenant: int, turn: int | None) -> bytes:
+    """What stands for the conversation up to `turn`. DamageError if the tenant has none such."""
     if turn is None:
         return b""
-    row = conn.execute("select digest from turns where id = ?", (turn,)).fetchone()
+    query = "select digest from turns where id = ? and tenant = ?"
+    row = conn.execute(query, (turn, tenant)).fetchone()
     if row is None or type(row[0]) is not bytes:
-        raise DamageError(f"the store lacks turn {turn}; restore it from a copy")
+        raise missing(turn)
     return row[0]
 
 
@@ -85,12 +94,17 @@ def read(conn: sqlite3.Connection, key: bytes, last: int | None) -> list[TurnRec
         parent = identity
         turns.append(_record(len(turns) + 1, identity, named, *rest))
     if parent != last:
-        raise DamageError(f"the store lacks turn {last}; restore it from a copy")
+        raise missing(last)
     return turns
 
 
-def turn_exists(conn: sqlite3.Connection, turn: int) -> bool:
-    return conn.execute("select 1 from turns where id = ?", (turn,)).fetchone() is not None
+def turn_exists(conn: sqlite3.Connection, tenant: int, turn: int) -> bool:
+    query = "select 1 from turns where id = ? and tenant = ?"
+    return conn.execute(query, (turn, tenant)).fetchone() is not None
+
+
+def missing(turn: int | None) -> DamageError:
+    return DamageError(f"the store lacks turn {turn}; restore it from a copy")
 
 
 def way(conn: sqlite3.Connection, last: int | None) -> set[int]:
@@ -112,7 +126,7 @@ def read_one(conn: sqlite3.Connection, key: bytes, turn: int, number: int) -> Tu
         (turn,),
     ).fetchone()
     if row is None:
-        raise DamageError(f"the store lacks turn {turn}; restore it from a copy")
+        raise missing(turn)
     parent, above, stored, *rest = row
     if digest(key, b"still turn", above or b"", *rest) != stored:
         raise DamageError(f"turn {turn} is damaged; restore the store from a copy")

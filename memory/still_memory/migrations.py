@@ -49,6 +49,13 @@ def m004_drafts(db: Database) -> None:
     )
 
 
+@migrations()
+def m005_tenants(db: Database) -> None:
+    """Every name, model and turn is a tenant's; those from before are the default tenant's."""
+    for statement in _M005.split(";"):
+        db.conn.execute(statement)
+
+
 _M001 = """
 create table meta (
     name text primary key,
@@ -128,4 +135,47 @@ create table checkpoint_spans (
     primary key (checkpoint, span)
 ) strict, without rowid;
 create index checkpoint_spans_span on checkpoint_spans (span)
+"""
+
+# Names and models are unique within a tenant now, which SQLite can only say of a new table.
+# Neither is large.
+_M005 = """
+create table tenants (
+    id integer primary key,
+    name text not null unique
+) strict;
+insert into tenants values (1, '');
+
+create table new_models (
+    id integer primary key,
+    tenant integer not null references tenants (id),
+    address text not null,
+    identity text not null,
+    unique (tenant, address)
+) strict;
+insert into new_models select id, 1, address, identity from models;
+drop table models;
+alter table new_models rename to models;
+
+create table new_sessions (
+    id integer primary key autoincrement,
+    tenant integer not null references tenants (id),
+    name text not null,
+    generation integer not null,
+    model integer not null references models (id),
+    created text not null,
+    updated text not null,
+    settings text not null,
+    draft_of integer references sessions (id),
+    unique (tenant, name)
+) strict;
+insert into new_sessions
+    select id, 1, name, generation, model, created, updated, settings, draft_of from sessions;
+delete from sqlite_sequence where name = 'new_sessions';
+insert into sqlite_sequence select 'new_sessions', seq from sqlite_sequence where name = 'sessions';
+drop table sessions;
+alter table new_sessions rename to sessions;
+create unique index sessions_draft_of on sessions (draft_of) where draft_of not null;
+
+alter table turns add column tenant integer not null default 1 references tenants (id)
 """

@@ -19,6 +19,7 @@ from datetime import UTC, datetime
 from still_memory import checkpoints_table, drafts_table, ledger, words
 from still_memory.database import StoreFile
 from still_memory.retention import Drop, Retention, plan
+from still_memory.tenants import label
 
 BATCH = 1 << 20  # bytes of spans deleted in one transaction, or one span
 TURNS = 32  # turns deleted in one transaction
@@ -39,23 +40,26 @@ class Pruned:
 
     @property
     def sessions(self) -> list[str]:
-        """The sessions that are gone."""
-        return [drop.session for drop in self.drops if drop.whole]
+        """The sessions that are gone; with its tenant, but for those of the default one."""
+        return [label(drop.tenant, drop.session) for drop in self.drops if drop.whole]
 
 
-def prune(file: StoreFile, retention: Retention, dry_run: bool) -> Pruned:
-    """Take out what `retention` does not let stay, and give its room back."""
+def prune(file: StoreFile, retention: Retention, dry_run: bool, tenant: int | None) -> Pruned:
+    """Take out what `retention` does not let stay, of a tenant or of all, and give its room back.
+
+    What nothing holds any more is collected whose ever it was.
+    """
     before = _size(file)
     if dry_run:
         with file.reading() as conn:
-            drops = plan(conn, retention, datetime.now(UTC))
+            drops = plan(conn, retention, datetime.now(UTC), tenant)
         expected = max(0, before - sum(drop.bytes for drop in drops))
         return Pruned(drops, before, expected, True)
     done: list[Drop] = []
     size, limits = before, retention
     while True:
         with file.reading() as conn:
-            drops = plan(conn, limits, datetime.now(UTC), SLACK)
+            drops = plan(conn, limits, datetime.now(UTC), tenant, SLACK)
         done += [drop for drop in drops if _drop(file, drop)]
         _collect_spans(file)
         if _collect_turns(file):

@@ -54,28 +54,34 @@ class Drop:
     session_id: int
     updated: str  # as the row has it: with another the session was used since
     generations: tuple[int, ...]  # of the checkpoints
+    tenant: str
 
 
 def plan(
-    conn: sqlite3.Connection, retention: Retention, now: datetime, slack: float = 1.0
+    conn: sqlite3.Connection,
+    retention: Retention,
+    now: datetime,
+    tenant: int | None = None,
+    slack: float = 1.0,
 ) -> list[Drop]:
     """What goes, in order. Reads no tensor. Deletes nothing.
 
+    tenant: whose sessions may go, or None for everyone's.
     slack: how much more than its rows' bytes a drop is taken to free, against `max_bytes`.
     """
     gone = _Gone(conn)
     drops: list[Drop] = []
     if retention.keep_checkpoints is not None:
-        for row, older in _older(conn, retention.keep_checkpoints):
+        for row, older in _older(conn, tenant, retention.keep_checkpoints):
             drops.append(gone.drop(row, older, "checkpoints"))
     if retention.older_than is not None:
         before = (now - retention.older_than).isoformat()
-        for row in _sessions(conn):
+        for row in _sessions(conn, tenant):
             if row[2] < before:
                 drops.append(gone.drop(row, None, "age"))
     if retention.max_bytes is not None:
         over = _used(conn) - retention.max_bytes - slack * sum(drop.bytes for drop in drops)
-        for row, some in _for_size(conn):
+        for row, some in _for_size(conn, tenant):
             if over <= 0:
                 break
             drop = gone.drop(row, some, "size")
@@ -85,31 +91,38 @@ def plan(
     return [drop for drop in drops if drop.checkpoints or drop.whole]
 
 
-_Session = tuple[int, str, str]  # row, name, updated
+_Session = tuple[int, str, str, str]  # row, name, updated, tenant
+_WHOSE = "sessions s join tenants n on n.id = s.tenant and (?1 is null or n.id = ?1)"
 
 
-def _sessions(conn: sqlite3.Connection) -> list[_Session]:
+def _sessions(conn: sqlite3.Connection, tenant: int | None) -> list[_Session]:
     """Those not used for longest first. A draft goes with the session whose place it is to take."""
     return conn.execute(
-        "select id, name, updated from sessions where draft_of is null order by updated, id"
+        f"select s.id, s.name, updated, n.name from {_WHOSE} where draft_of is null"
+        " order by updated, s.id",
+        (tenant,),
     ).fetchall()
 
 
-def _older(conn: sqlite3.Connection, keep: int) -> Iterator[tuple[_Session, list[int]]]:
+def _older(
+    conn: sqlite3.Connection, tenant: int | None, keep: int
+) -> Iterator[tuple[_Session, list[int]]]:
     """The checkpoints of each session before its newest `keep`."""
     rows = conn.execute(
-        "select s.id, s.name, s.updated, c.id from sessions s join checkpoints c"
-        " on c.session = s.id and c.generation <= s.generation - ?"
+        f"select s.id, s.name, s.updated, n.name, c.id from {_WHOSE} join checkpoints c"
+        " on c.session = s.id and c.generation <= s.generation - ?2"
         " order by s.updated, s.id, c.generation",
-        (keep,),
+        (tenant, keep),
     ).fetchall()
-    for session, some in groupby(rows, key=lambda row: row[:3]):
-        yield session, [row[3] for row in some]
+    for session, some in groupby(rows, key=lambda row: row[:4]):
+        yield session, [row[4] for row in some]
 
 
-def _for_size(conn: sqlite3.Connection) -> Iterator[tuple[_Session, list[int] | None]]:
-    yield from _older(conn, 1)
-    for session in _sessions(conn)[:-1]:
+def _for_size(
+    conn: sqlite3.Connection, tenant: int | None
+) -> Iterator[tuple[_Session, list[int] | None]]:
+    yield from _older(conn, tenant, 1)
+    for session in _sessions(conn, tenant)[:-1]:
         yield session, None
 
 
@@ -139,7 +152,7 @@ class _Gone:
         why: Literal["checkpoints", "age", "size"],
     ) -> Drop:
         """The checkpoints `some` of a session, or all of them and the session; counted once."""
-        identity, name, updated = session
+        identity, name, updated, tenant = session
         rows = self._conn.execute(
             "select id, generation, turn, length(cast(entries as blob))"
             " + length(cast(extra as blob)) from checkpoints where session = ? order by generation",
@@ -159,8 +172,9 @@ class _Gone:
                 size += own + freed + self._unrefer(checkpoint)
                 generations.append(generation)
         return Drop(
-            name, whole, why, len(generations), turns, size, identity, updated, tuple(generations)
-        )
+            name, whole, why, len(generations), turns, size, identity, updated,
+            tuple(generations), tenant,
+        )  # fmt: skip
 
     def _unrefer(self, checkpoint: int) -> int:
         """The bytes of the spans that only dropped checkpoints hold, now with this one."""

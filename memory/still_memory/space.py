@@ -10,6 +10,7 @@ from dataclasses import dataclass
 class SessionSpace:
     """What one session holds. What it shares with others counts in each of them."""
 
+    tenant: str
     name: str
     turns: int
     checkpoints: int
@@ -23,7 +24,8 @@ class Space:
     """The bytes of a store's file, by what they are for.
 
     `free_bytes` are pages to be used again, or given back where `gives_back` says so. `other_bytes`
-    are rows' names and numbers, SQLite's own indexes, and what pages leave unused.
+    are rows' names and numbers, SQLite's own indexes, and what pages leave unused; where one
+    tenant's sessions, spans, turns and checkpoints are measured, also what the others have.
     """
 
     sessions: list[SessionSpace]  # largest first
@@ -44,6 +46,8 @@ class Space:
 
 
 _TURN = "length(cast(t.text as blob)) + length(t.tokens) + length(cast(t.usage as blob))"
+_WHOSE = "(?1 is null or tenant = ?1)"
+_SPANS = f"(select s.id, s.bytes from spans s join models m on m.id = s.model where {_WHOSE}) s"
 _HELD = (
     "held (span, session) as (select distinct r.span, c.session from checkpoint_spans r"
     " join checkpoints c on c.id = r.checkpoint),"
@@ -52,30 +56,38 @@ _HELD = (
 _CHECKPOINT = "length(cast(entries as blob)) + length(cast(extra as blob)) + length(digest)"
 
 
-def measure(conn: sqlite3.Connection, log_bytes: int) -> Space:
-    """What takes the space, in one moment of the store. Reads the length of every text."""
+def measure(conn: sqlite3.Connection, log_bytes: int, tenant: int | None = None) -> Space:
+    """What takes the space, in one moment of the store. Reads the length of every text.
 
-    def ask(query: str) -> tuple[int, ...]:
-        row: tuple[int, ...] = conn.execute(query).fetchone()
+    tenant: whose sessions, or None for everyone's.
+    """
+
+    def ask(query: str, *values: int | None) -> tuple[int, ...]:
+        row: tuple[int, ...] = conn.execute(query, values).fetchone()
         return row
 
     page, pages, free, mode = (
         ask(f"pragma {name}")[0]
         for name in ("page_size", "page_count", "freelist_count", "auto_vacuum")
     )
-    spans, span_bytes = ask("select count(*), coalesce(sum(bytes), 0) from spans")
+    spans, span_bytes = ask(f"select count(*), coalesce(sum(bytes), 0) from {_SPANS}", tenant)
     shared, shared_bytes = ask(
         f"with {_HELD} select count(*), coalesce(sum(bytes), 0) from many"
-        " join spans on id = span where holders > 1"
+        f" join {_SPANS} on s.id = span where holders > 1",
+        tenant,
     )
-    turns, turn_bytes = ask(f"select count(*), coalesce(sum({_TURN}), 0) from turns t")
+    turns, turn_bytes = ask(
+        f"select count(*), coalesce(sum({_TURN}), 0) from turns t where {_WHOSE}", tenant
+    )
     checkpoints, checkpoint_bytes = ask(
         f"select count(*), coalesce(sum({_CHECKPOINT}), 0) from checkpoints"
+        f" join sessions s on s.id = session where {_WHOSE}",
+        tenant,
     )
     (index,) = ask("select coalesce(sum(length(block)), 0) from turn_words_data")
     known = span_bytes + turn_bytes + checkpoint_bytes + index
     return Space(
-        sessions=_by_session(conn),
+        sessions=_by_session(conn, tenant),
         spans=spans,
         shared_spans=shared,
         turns=turns,
@@ -93,7 +105,7 @@ def measure(conn: sqlite3.Connection, log_bytes: int) -> Space:
     )
 
 
-def _by_session(conn: sqlite3.Connection) -> list[SessionSpace]:
+def _by_session(conn: sqlite3.Connection, tenant: int | None) -> list[SessionSpace]:
     held: dict[int, tuple[int, int]] = {
         session: (size, shared)
         for session, size, shared in conn.execute(
@@ -115,12 +127,15 @@ def _by_session(conn: sqlite3.Connection) -> list[SessionSpace]:
         )
     }
     rows = conn.execute(
-        "select s.id, coalesce('draft of ' || o.name, s.name), count(c.id) from sessions s"
+        "select s.id, n.name, coalesce('draft of ' || o.name, s.name), count(c.id)"
+        " from sessions s join tenants n on n.id = s.tenant"
         " left join sessions o on o.id = s.draft_of left join checkpoints c"
-        " on c.session = s.id group by s.id"
+        " on c.session = s.id where ?1 is null or s.tenant = ?1 group by s.id",
+        (tenant,),
     ).fetchall()
     found = []
-    for session, name, checkpoints in rows:
+    for session, whose, name, checkpoints in rows:
         turns, text = said.get(session, (0, 0))
-        found.append(SessionSpace(name, turns, checkpoints, *held.get(session, (0, 0)), text))
+        spans = held.get(session, (0, 0))
+        found.append(SessionSpace(whose, name, turns, checkpoints, *spans, text))
     return sorted(found, key=lambda s: s.turn_bytes + s.span_bytes, reverse=True)

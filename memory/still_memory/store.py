@@ -22,7 +22,7 @@ from typing import Any, Self
 import torch
 from pydantic import JsonValue
 
-from still_memory import checkpoints_table, drafts_table, ledger, words
+from still_memory import checkpoints_table, drafts_table, ledger, tenants, words
 from still_memory.checkpoint import Checkpoint
 from still_memory.codec import CODECS, EXACT, check_codec
 from still_memory.database import StoreFile, give_back_pages
@@ -55,13 +55,15 @@ from still_memory.spans_table import Packed, SpansTable
 _STANDING = (
     "select s.id, coalesce(c.generation, s.generation), s.settings, m.address, m.identity, c.id,"
     " c.turn, c.turns, c.tokens, c.slots, c.bytes, c.entries, c.extra, c.digest from sessions s"
-    " left join models m on m.id = s.model left join checkpoints c on c.session = s.id"
+    " left join models m on m.id = s.model and m.tenant = s.tenant"
+    " left join checkpoints c on c.session = s.id"
 )
 
 
 class MemoryStore:
     """Conversations in one file, safe with several threads and processes.
 
+    `tenant`: whose conversations; it sees no other's, and theirs may have the same names.
     `synchronous`: with FULL, a turn is on disk when its commit returns. With NORMAL the disk is
     not waited for, so a power cut may take the newest turns (never a part of one, and never one
     that the end of a process alone would take); it is faster where syncs are slow.
@@ -76,6 +78,7 @@ class MemoryStore:
         self,
         path: str | Path,
         *,
+        tenant: str = "",
         synchronous: str = "FULL",
         timeout: float = 30.0,
         keep_checkpoints: int = 2,
@@ -85,6 +88,7 @@ class MemoryStore:
             raise InputError("keep_checkpoints must be at least 1: the head is a checkpoint")
         if codec is not None:
             check_codec(codec)
+        self.tenant = tenants.check_tenant(tenant)
         self._file = StoreFile(path, synchronous, timeout)
         self._keep = keep_checkpoints
         self.bytes_written = 0
@@ -97,7 +101,7 @@ class MemoryStore:
         except BaseException:
             self._file.close()
             raise
-        self._key: bytes = row[0]
+        self._key = tenants.key_of(row[0], self.tenant)
         self._spans = SpansTable(self._key, self.codec)
 
     @property
@@ -133,7 +137,7 @@ class MemoryStore:
         check_session_name(name)
         packed = self._pack(checkpoint, head.model)
         with self._file.writing() as conn:
-            text = _settings(conn, head)
+            text = self._settings(conn, head)
             start = replace(head, session=name, generation=0)
             forked, written = self._begin(conn, start, text, checkpoint, packed, [])
         self._committed(packed, head.model, written)
@@ -150,7 +154,7 @@ class MemoryStore:
         packed = self._pack(checkpoint, head.model)
         now = _now()
         with self._file.writing() as conn:
-            settings = _settings(conn, head)
+            settings = self._settings(conn, head)
             conn.execute(
                 "update sessions set generation = ?, updated = ? where id = ?",
                 (head.generation + 1, now, head.session_id),
@@ -167,11 +171,13 @@ class MemoryStore:
         """Where the session stands, or None if there is none. Reads no tensor."""
         check_session_name(session)
         with self._file.reading() as conn:
+            tenant = self._owner(conn)
             row = conn.execute(
-                f"{_STANDING} and c.generation = s.generation where s.name = ?", (session,)
+                f"{_STANDING} and c.generation = s.generation where s.tenant = ? and s.name = ?",
+                (tenant, session),
             ).fetchone()
             if row is None:
-                _require_absent(conn, session)
+                _require_absent(conn, tenant, session)
                 return None
             head = self._sealed(conn, session, row)
             query = "select max(generation) from checkpoints where session = ?"
@@ -194,7 +200,8 @@ class MemoryStore:
         except DamageError as damage:
             with self._file.reading() as conn:
                 rows = conn.execute(
-                    f"{_STANDING} where s.name = ? order by c.generation desc", (session,)
+                    f"{_STANDING} where s.tenant = ? and s.name = ? order by c.generation desc",
+                    (self._owner(conn), session),
                 ).fetchall()
                 for row in rows:
                     try:
@@ -215,9 +222,10 @@ class MemoryStore:
         """Where the session stood on its way to `head` and `load` still finds it, newest first."""
         with self._file.reading() as conn:
             rows = conn.execute(
-                "select generation, id, turn, turns, tokens from checkpoints where session = ?"
-                " order by generation desc",
-                (head.session_id,),
+                "select c.generation, c.id, turn, turns, tokens from checkpoints c"
+                " join sessions s on s.id = c.session where s.id = ? and s.tenant = ?"
+                " order by c.generation desc",
+                (head.session_id, self._owner(conn)),
             ).fetchall()
             way = ledger.way(conn, head.turn)
         return [
@@ -235,16 +243,17 @@ class MemoryStore:
         moved on so far that `head` is no longer kept; UnknownSessionError if it was deleted.
         """
         with self._file.reading() as conn:
+            tenant = self._owner(conn)
             row = conn.execute(
                 "select s.settings, c.turn, c.digest, c.slots, c.bytes, c.entries, c.extra"
                 " from checkpoints c join sessions s on s.id = c.session"
-                " where c.id = ? and c.session = ? and c.generation = ?",
-                (head.checkpoint, head.session_id, head.generation),
+                " where c.id = ? and c.session = ? and c.generation = ? and s.tenant = ?",
+                (head.checkpoint, head.session_id, head.generation, tenant),
             ).fetchone()
             if row is None:
-                raise _moved_on(conn, head)
+                raise _moved_on(conn, tenant, head)
             settings, turn, mark, *content = row
-            last_turn = ledger.turn_digest(conn, turn)
+            last_turn = ledger.turn_digest(conn, tenant, turn)
             found = checkpoints_table.seal(self._key, head, last_turn, settings, tuple(content))
             if turn != head.turn or found != mark:
                 raise _damaged(head.session, "its checkpoint does not match its digest")
@@ -262,7 +271,7 @@ class MemoryStore:
         """Every turn of the session (up to a head), oldest first, with its text and token ids."""
         head = session if isinstance(session, Head) else self._existing(session)
         with self._file.reading() as conn:
-            _require_turn(conn, head)
+            self._require_turn(conn, head)
             return ledger.read(conn, self._key, head.turn)
 
     def search(self, head: Head, query: str, limit: int = 20) -> list[Match]:
@@ -271,7 +280,7 @@ class MemoryStore:
         Case and accents do not count. InputError for a query without a word.
         """
         with self._file.reading() as conn:
-            _require_turn(conn, head)
+            self._require_turn(conn, head)
             way = sorted(ledger.way(conn, head.turn))
             matches = []
             for number, turn, excerpt in words.find(conn, query, way, limit):
@@ -280,14 +289,15 @@ class MemoryStore:
         return matches
 
     def sessions(self) -> list[SessionInfo]:
-        """What the store holds, newest first. Reads no tensor and no turn."""
+        """The tenant's sessions, newest first. Reads no tensor and no turn."""
         with self._file.reading() as conn:
             rows = conn.execute(
                 "select s.name, c.turns, c.tokens, c.slots, c.bytes, s.created, s.updated,"
                 " m.identity ->> 'name' from sessions s"
                 " join checkpoints c on c.session = s.id and c.generation = s.generation"
-                " join models m on m.id = s.model where s.draft_of is null"
-                " order by s.updated desc, s.id desc"
+                " join models m on m.id = s.model where s.tenant = ? and s.draft_of is null"
+                " order by s.updated desc, s.id desc",
+                (self._owner(conn),),
             ).fetchall()
         return [
             SessionInfo(
@@ -301,8 +311,9 @@ class MemoryStore:
         name = drafts_table.name_of(head.session_id)
         with self._file.reading() as conn:
             row = conn.execute(
-                f"{_STANDING} and c.generation = s.generation where s.draft_of = ?",
-                (head.session_id,),
+                f"{_STANDING} and c.generation = s.generation where s.draft_of = ?"
+                " and s.tenant = ?",
+                (head.session_id, self._owner(conn)),
             ).fetchone()
             return None if row is None else self._sealed(conn, name, row)
 
@@ -320,9 +331,7 @@ class MemoryStore:
         settings = to_json(made.settings, "settings")
         name = drafts_table.name_of(head.session_id)
         with self._file.writing() as conn:
-            if not conn.execute(
-                "select 1 from sessions where id = ?", (head.session_id,)
-            ).fetchone():
+            if not _stands(conn, self._owner(conn), head):
                 raise deleted(head.session)
             start = replace(made, session=name, generation=0)
             begun, written = self._begin(conn, start, settings, checkpoint, packed, turns)
@@ -334,7 +343,8 @@ class MemoryStore:
     def discard_draft(self, head: Head) -> None:
         """Forget the state that was on its way to this session's place, if there is one."""
         with self._file.writing() as conn:
-            drafts_table.drop(conn, head.session_id)
+            if _stands(conn, self._owner(conn), head):
+                drafts_table.drop(conn, head.session_id)
 
     def adopt(
         self, head: Head, made: Head, checkpoint: Checkpoint, turns: Sequence[NewTurn]
@@ -348,9 +358,9 @@ class MemoryStore:
         packed = self._pack(checkpoint, made.model)
         now = _now()
         with self._file.writing() as conn:
-            settings = _settings(conn, head)
+            settings = self._settings(conn, head)
             if made.session_id != head.session_id:
-                _settings(conn, made)
+                self._settings(conn, made)
             conn.execute(
                 "update sessions set generation = ?, updated = ?, model = ? where id = ?",
                 (head.generation + 1, now, self._model_id(conn, made.model), head.session_id),
@@ -372,8 +382,8 @@ class MemoryStore:
         """
         check_session_name(session)
         with self._file.erasing() as conn:
-            query = "select id, generation from sessions where name = ?"
-            row = conn.execute(query, (session,)).fetchone()
+            query = "select id, generation from sessions where tenant = ? and name = ?"
+            row = conn.execute(query, (self._owner(conn), session)).fetchone()
             if row is None:
                 raise _unknown(session)
             drafts_table.drop(conn, row[0])
@@ -389,31 +399,44 @@ class MemoryStore:
         with self._file.erasing() as conn:
             words.renew(conn)
 
-    def prune(self, retention: Retention, *, dry_run: bool = False) -> Pruned:
+    def prune(
+        self, retention: Retention, *, dry_run: bool = False, all_tenants: bool = False
+    ) -> Pruned:
         """Take out what `retention` does not let stay, and give its room back to the disk.
 
+        Of the tenant's sessions or, for the file's operator, of everyone's.
         Also what an earlier call that was stopped has left. What goes is overwritten. Done in
         many short transactions, so that turns of other threads and processes wait for one of
         them at most; a session that has a turn meanwhile stays. A deleted session is one that
         `delete` has deleted: its objects raise UnknownSessionError. With `dry_run` nothing
         changes, and the result says what would go.
         """
-        return prune(self._file, retention, dry_run)
-
-    def space(self) -> Space:
-        """What takes the space, by kind and by session. Reads the length of every text."""
         with self._file.reading() as conn:
-            return measure(conn, self._log_bytes())
+            tenant = None if all_tenants else self._owner(conn)
+        return prune(self._file, retention, dry_run, tenant)
+
+    def space(self, *, all_tenants: bool = False) -> Space:
+        """What takes the space, by kind and by session. Reads the length of every text.
+
+        Of the tenant's sessions or, for the file's operator, of everyone's.
+        """
+        with self._file.reading() as conn:
+            tenant = None if all_tenants else self._owner(conn)
+            return measure(conn, self._log_bytes(), tenant)
 
     def stats(self) -> StoreStats:
-        """How large the store is."""
+        """How large the file is, and how much of what the tenant has in it."""
         with self._file.reading() as conn:
+            tenant = self._owner(conn)
             (page,) = conn.execute("pragma page_size").fetchone()
             (free,) = conn.execute("pragma freelist_count").fetchone()
             sessions, turns, checkpoints, spans, size = conn.execute(
-                "select (select count(*) from sessions where draft_of is null),"
-                " (select count(*) from turns), (select count(*) from checkpoints),"
-                " (select count(*) from spans), (select coalesce(sum(bytes), 0) from spans)"
+                "select (select count(*) from sessions where tenant = ?1 and draft_of is null),"
+                " (select count(*) from turns where tenant = ?1),"
+                " (select count(*) from checkpoints where session in"
+                " (select id from sessions where tenant = ?1)), count(*), coalesce(sum(bytes), 0)"
+                " from spans where model in (select id from models where tenant = ?1)",
+                (tenant,),
             ).fetchone()
         return StoreStats(
             sessions=sessions,
@@ -447,7 +470,7 @@ class MemoryStore:
         checkpoint, turn, turns, tokens, slots, size, entries, extra, mark = saved
         if checkpoint is None or made_by is None:
             raise _damaged(session, "its newest checkpoint is missing")
-        last_turn = ledger.turn_digest(conn, turn)
+        last_turn = ledger.turn_digest(conn, self._owner(conn), turn)
         try:
             model = ModelIdentity.model_validate_json(made_by)
             known: dict[str, JsonValue] = json.loads(settings)
@@ -494,16 +517,17 @@ class MemoryStore:
         turns: Sequence[NewTurn],
     ) -> tuple[Head, int]:
         """The rows of a new session that begins at the turn of `start`."""
-        name = start.session
-        if conn.execute("select 1 from sessions where name = ?", (name,)).fetchone():
+        name, tenant = start.session, tenants.enter(conn, self.tenant)
+        query = "select 1 from sessions where tenant = ? and name = ?"
+        if conn.execute(query, (tenant, name)).fetchone():
             raise ConflictError(
                 f"session {name!r} exists already: choose another name, or resume it"
             )
         now = _now()
         (identity,) = conn.execute(
-            "insert into sessions (name, generation, model, created, updated, settings)"
-            " values (?, 1, ?, ?, ?, ?) returning id",
-            (name, self._model_id(conn, start.model), now, now, settings),
+            "insert into sessions (tenant, name, generation, model, created, updated, settings)"
+            " values (?, ?, 1, ?, ?, ?, ?) returning id",
+            (tenant, name, self._model_id(conn, start.model), now, now, settings),
         ).fetchone()
         start = replace(start, session_id=identity)
         head, written = self._advance(conn, start, settings, checkpoint, packed, turns, now)
@@ -520,7 +544,8 @@ class MemoryStore:
         now: str,
     ) -> tuple[Head, int]:
         """The rows of the next generation: the head that they make, and their bytes."""
-        turn, last_turn, written = ledger.append(conn, self._key, head.turn, turns, now)
+        tenant = self._owner(conn)
+        turn, last_turn, written = ledger.append(conn, self._key, tenant, head.turn, turns, now)
         model_id = self._model_id(conn, head.model)
         held: dict[int, int] = {}
         for span, pack in packed.items():
@@ -552,18 +577,41 @@ class MemoryStore:
         self.bytes_written += written
 
     def _model_id(self, conn: sqlite3.Connection, model: ModelIdentity) -> int:
-        query = "select id, identity from models where address = ?"
-        row: tuple[int, str] | None = conn.execute(query, (model.address,)).fetchone()
+        query = "select id, identity from models where tenant = ? and address = ?"
+        owned = self._owner(conn), model.address
+        row: tuple[int, str] | None = conn.execute(query, owned).fetchone()
         told = model.model_dump_json()
         if row is None:
             row = conn.execute(
-                "insert into models (address, identity) values (?, ?) returning id, identity",
-                (model.address, told),
+                "insert into models (tenant, address, identity) values (?, ?, ?)"
+                " returning id, identity",
+                (*owned, told),
             ).fetchone()
             assert row is not None
         elif row[1] != told and row[1] == model.unnamed.model_dump_json():
             conn.execute("update models set identity = ? where id = ?", (told, row[0]))
         return row[0]
+
+    def _owner(self, conn: sqlite3.Connection) -> int:
+        """The tenant's row. Not kept: another process may make it, or a rollback undo it."""
+        return tenants.find(conn, self.tenant)
+
+    def _settings(self, conn: sqlite3.Connection, head: Head) -> str:
+        """The session's settings as JSON, if it still stands at `head`'s generation."""
+        tenant = self._owner(conn)
+        query = "select settings from sessions where id = ? and generation = ? and tenant = ?"
+        row = conn.execute(query, (head.session_id, head.generation, tenant)).fetchone()
+        if row is None:
+            raise _moved_on(conn, tenant, head)
+        settings: str = row[0]
+        return settings
+
+    def _require_turn(self, conn: sqlite3.Connection, head: Head) -> None:
+        """Tell a turn that another writer has rewound or deleted from one that is damaged."""
+        tenant = self._owner(conn)
+        if head.turn is not None and not ledger.turn_exists(conn, tenant, head.turn):
+            self._settings(conn, head)
+            raise ledger.missing(head.turn)
 
     def _existing(self, session: str) -> Head:
         head = self.head(session)
@@ -572,13 +620,13 @@ class MemoryStore:
         return head
 
 
-def _require_absent(conn: sqlite3.Connection, session: str) -> None:
+def _require_absent(conn: sqlite3.Connection, tenant: int, session: str) -> None:
     """DamageError for a session that is there, and that the index of names has lost.
 
     Else a damaged byte would begin a conversation anew that has months behind it.
     """
-    query = "select 1 from sessions not indexed where name = ?"
-    if conn.execute(query, (session,)).fetchone() is not None:
+    query = "select 1 from sessions not indexed where tenant = ? and name = ?"
+    if conn.execute(query, (tenant, session)).fetchone() is not None:
         raise _damaged(session, "the index of names has lost it")
 
 
@@ -593,26 +641,17 @@ def _time(written: str, session: str) -> datetime:
         raise _damaged(session, "its times cannot be read") from None
 
 
-def _settings(conn: sqlite3.Connection, head: Head) -> str:
-    """The session's settings as JSON, if it still stands at `head`'s generation."""
-    query = "select settings from sessions where id = ? and generation = ?"
-    row = conn.execute(query, (head.session_id, head.generation)).fetchone()
-    if row is None:
-        raise _moved_on(conn, head)
-    settings: str = row[0]
-    return settings
+def _stands(conn: sqlite3.Connection, tenant: int, head: Head) -> bool:
+    """Whether the tenant has the session, at whichever generation."""
+    query = "select 1 from sessions where id = ? and tenant = ?"
+    return conn.execute(query, (head.session_id, tenant)).fetchone() is not None
 
 
-def _require_turn(conn: sqlite3.Connection, head: Head) -> None:
-    """Tell a turn that another writer has rewound or deleted from one that is damaged."""
-    if head.turn is not None and not ledger.turn_exists(conn, head.turn):
-        _settings(conn, head)
-
-
-def _moved_on(conn: sqlite3.Connection, head: Head) -> ConflictError | UnknownSessionError:
+def _moved_on(
+    conn: sqlite3.Connection, tenant: int, head: Head
+) -> ConflictError | UnknownSessionError:
     """Why there is nothing at `head`."""
-    query = "select 1 from sessions where id = ?"
-    if conn.execute(query, (head.session_id,)).fetchone() is None:
+    if not _stands(conn, tenant, head):
         return deleted(head.session)
     return ConflictError(
         f"session {head.session!r} has moved on from generation {head.generation}, by another "

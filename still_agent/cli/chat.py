@@ -22,6 +22,7 @@ from still_agent.cli.options import (
     DEFAULT_STORE,
     Parts,
     StorePath,
+    Tenant,
     with_parts,
 )
 
@@ -39,6 +40,7 @@ def chat(
     session: Annotated[str, typer.Option("-s", "--session", help="Made or resumed.")] = "default",
     system: Annotated[str | None, typer.Option(help="The system prompt, pinned.")] = None,
     store: StorePath = DEFAULT_STORE,
+    tenant: Tenant = "",
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Nucleus sampling.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Of the sampling.")] = None,
@@ -52,6 +54,7 @@ def chat(
 
     with parts.load(
         store,
+        tenant=tenant,
         sampling=Sampling(temperature=temperature, top_p=top_p, seed=seed, max_tokens=max_tokens),
         on_compaction=lambda event: console.print(told(event), style="yellow"),
     ) as agent:

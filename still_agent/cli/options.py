@@ -30,6 +30,10 @@ StorePath = Annotated[Path, typer.Option(envvar="STILL_STORE", help="The store's
 Codec = Annotated[
     str | None, typer.Option(help="Of new memory: exact, int8, int4 (default: the store's).")
 ]
+Tenant = Annotated[
+    str, typer.Option(envvar="STILL_AGENT_TENANT", help="Whose sessions (default: of no name).")
+]
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 
 DEFAULT_STORE = Path("still.db")

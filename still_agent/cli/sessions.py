@@ -19,6 +19,7 @@ from still_agent.cli.options import (
     AsJson,
     Parts,
     StorePath,
+    Tenant,
     with_parts,
 )
 from still_agent.cli.progress import reading
@@ -46,9 +47,11 @@ def printable(text: str) -> str:
 
 
 @app.command("list")
-def list_sessions(store: StorePath = DEFAULT_STORE, as_json: AsJson = False) -> None:
+def list_sessions(
+    store: StorePath = DEFAULT_STORE, tenant: Tenant = "", as_json: AsJson = False
+) -> None:
     """List the sessions, with their tokens, slots and bytes."""
-    with closing(existing_store(store)) as memory:
+    with closing(existing_store(store, tenant)) as memory:
         found = memory.sessions()
     if as_json:
         print_json([
@@ -78,9 +81,11 @@ def list_sessions(store: StorePath = DEFAULT_STORE, as_json: AsJson = False) -> 
 
 
 @app.command()
-def show(name: str, store: StorePath = DEFAULT_STORE, as_json: AsJson = False) -> None:
+def show(
+    name: str, store: StorePath = DEFAULT_STORE, tenant: Tenant = "", as_json: AsJson = False
+) -> None:
     """Print a session's turns: who said what, and when."""
-    with closing(existing_store(store)) as memory:
+    with closing(existing_store(store, tenant)) as memory:
         turns = memory.history(name)
     if as_json:
         print_json([
@@ -106,11 +111,12 @@ def search(
     name: str,
     words: str,
     store: StorePath = DEFAULT_STORE,
+    tenant: Tenant = "",
     limit: Annotated[int, typer.Option(min=1, help="The most turns to print.")] = 20,
     as_json: AsJson = False,
 ) -> None:
     """Find the turns in which these words were said, newest first."""
-    with closing(existing_store(store)) as memory:
+    with closing(existing_store(store, tenant)) as memory:
         matches = memory.search(_head(memory, name), words, limit)
     if as_json:
         print_json([{**asdict(m), "created": m.created.isoformat()} for m in matches])
@@ -133,19 +139,20 @@ def fork(
     new: str,
     at: Annotated[int | None, typer.Option(help="The last turn to share (default: all).")] = None,
     store: StorePath = DEFAULT_STORE,
+    tenant: Tenant = "",
     replay: Replay = False,
     as_json: AsJson = False,
 ) -> None:
     """Begin a session that shares another's turns up to one of them."""
-    with closing(existing_store(store)) as memory:
+    with closing(existing_store(store, tenant)) as memory:
         kept = _kept(memory, name, at, replay)
         if kept is not None:
             memory.fork(kept[1], new, memory.load(kept[0]))
     restored = None
     if kept is None:
-        with parts.load(store) as agent, reading(f"reading {name!r} again") as show:
+        with parts.load(store, tenant=tenant) as agent, reading(f"reading {name!r} again") as show:
             restored = agent.session(name).fork(new, at, on_replay=show).restored
-    _tell_branch(new, store, restored, as_json)
+    _tell_branch(new, store, tenant, restored, as_json)
 
 
 @app.command()
@@ -155,47 +162,56 @@ def rewind(
     name: str,
     at: Annotated[int, typer.Argument(help="The last turn to keep, as `show` numbers them.")],
     store: StorePath = DEFAULT_STORE,
+    tenant: Tenant = "",
     replay: Replay = False,
     as_json: AsJson = False,
 ) -> None:
     """Take a session back to where it stood after a turn."""
-    with closing(existing_store(store)) as memory:
+    with closing(existing_store(store, tenant)) as memory:
         kept = _kept(memory, name, at, replay)
         if kept is not None:
             memory.commit(kept[1], memory.load(kept[0]), [])
     restored = None
     if kept is None:
-        with parts.load(store) as agent, reading(f"reading {name!r} again") as show:
+        with parts.load(store, tenant=tenant) as agent, reading(f"reading {name!r} again") as show:
             chat = agent.session(name)
             chat.rewind(at, on_replay=show)
             restored = chat.restored
-    _tell_branch(name, store, restored, as_json)
+    _tell_branch(name, store, tenant, restored, as_json)
 
 
 @app.command()
 @with_parts
 def rebuild(
-    parts: Parts, name: str, store: StorePath = DEFAULT_STORE, as_json: AsJson = False
+    parts: Parts,
+    name: str,
+    store: StorePath = DEFAULT_STORE,
+    tenant: Tenant = "",
+    as_json: AsJson = False,
 ) -> None:
     """Compute a session's memory anew from its text: for another model or budget, or if damaged.
 
     The old memory stands until the new one does. Stopped, the same command goes on.
     """
-    with closing(existing_store(store)) as memory:
+    with closing(existing_store(store, tenant)) as memory:
         memory.ledger(name)  # before a model is loaded for it
-    with parts.load(store) as agent:
+    with parts.load(store, tenant=tenant) as agent:
         restored = _rebuilt(agent, name)
-    _tell_branch(name, store, restored, as_json)
+    _tell_branch(name, store, tenant, restored, as_json)
 
 
 @app.command("export")
 def export_session(
-    name: str, file: Path, store: StorePath = DEFAULT_STORE, as_json: AsJson = False
+    name: str,
+    file: Path,
+    store: StorePath = DEFAULT_STORE,
+    tenant: Tenant = "",
+    as_json: AsJson = False,
 ) -> None:
     """Write a session as one new file, to be imported on another machine."""
     from still_memory.portable import Portable
 
-    with closing(existing_store(store)) as memory:
+    with closing(existing_store(store, tenant)) as memory:
         Portable.of(memory, name).write(file)
     if as_json:
         print_json({"exported": name, "file": str(file), "bytes": file.stat().st_size})
@@ -211,6 +227,7 @@ def import_session(
     file: Path,
     name: Annotated[str | None, typer.Option(help="Another name than it has.")] = None,
     store: StorePath = DEFAULT_STORE,
+    tenant: Tenant = "",
     replay: Annotated[
         bool, typer.Option("--replay", help="Load a model, and read the turns again for it.")
     ] = False,
@@ -225,13 +242,13 @@ def import_session(
     from still_memory.store import MemoryStore
 
     found = Portable.read(file)  # before a store is made for it
-    with MemoryStore(store) as memory:
+    with MemoryStore(store, tenant=tenant) as memory:
         head = found.save(memory, name)
     told = f"imported {head.session!r}: {head.turns:,} turns, {head.tokens:,} tokens"
     if replay:
-        with parts.load(store) as agent:
+        with parts.load(store, tenant=tenant) as agent:
             restored = _rebuilt(agent, head.session)
-        return _tell_branch(head.session, store, restored, as_json)
+        return _tell_branch(head.session, store, tenant, restored, as_json)
     if as_json:
         print_json({
             "imported": head.session, "turns": head.turns, "tokens": head.tokens, "verified": False
@@ -246,11 +263,12 @@ def import_session(
 def delete(
     name: str,
     store: StorePath = DEFAULT_STORE,
+    tenant: Tenant = "",
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Delete a session: its turns, its memory, its text."""
-    with closing(existing_store(store)) as memory:
+    with closing(existing_store(store, tenant)) as memory:
         if not (yes or as_json):
             typer.confirm(f"Delete the session {name!r} with all its text?", abort=True)
         memory.delete(name)
@@ -301,8 +319,10 @@ def _rebuilt(agent: Agent, name: str) -> Restored | None:
         raise typer.Exit(130) from None
 
 
-def _tell_branch(name: str, store: Path, restored: Restored | None, as_json: bool) -> None:
-    with closing(existing_store(store)) as memory:
+def _tell_branch(
+    name: str, store: Path, tenant: str, restored: Restored | None, as_json: bool
+) -> None:
+    with closing(existing_store(store, tenant)) as memory:
         (info,) = (info for info in memory.sessions() if info.name == name)
     if as_json:
         replayed = {}
@@ -317,7 +337,7 @@ def _tell_branch(name: str, store: Path, restored: Restored | None, as_json: boo
         console.print(f"{restored.replayed_tokens:,} tokens were read again, {told}")
 
 
-def existing_store(path: Path) -> MemoryStore:
+def existing_store(path: Path, tenant: str = "") -> MemoryStore:
     """The store at `path`; looking into a store never makes one."""
     from still_memory.errors import StoreError
     from still_memory.store import MemoryStore
@@ -327,7 +347,7 @@ def existing_store(path: Path) -> MemoryStore:
             f"there is no store at {path}; name one with --store, or make one with "
             f"`still-agent chat --store {path}`"
         )
-    return MemoryStore(path)
+    return MemoryStore(path, tenant=tenant)
 
 
 def print_json(value: object) -> None:

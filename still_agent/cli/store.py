@@ -54,8 +54,10 @@ def check(store: StorePath = DEFAULT_STORE, as_json: AsJson = False) -> None:
 @app.command()
 def stats(store: StorePath = DEFAULT_STORE, as_json: AsJson = False) -> None:
     """Show what takes the space, by kind and by session."""
+    from still_memory.tenants import label
+
     with closing(existing_store(store)) as memory:
-        space = memory.space()
+        space = memory.space(all_tenants=True)
     if as_json:
         print_json(asdict(space))
         return
@@ -83,7 +85,7 @@ def stats(store: StorePath = DEFAULT_STORE, as_json: AsJson = False) -> None:
         table.add_column(name, justify="right")
     for s in space.sessions[:SHOWN]:
         sizes = s.turns, s.checkpoints, s.span_bytes, s.shared_span_bytes, s.turn_bytes
-        table.add_row(Text(printable(s.name)), *(f"{n:,}" for n in sizes))
+        table.add_row(Text(printable(label(s.tenant, s.name))), *(f"{n:,}" for n in sizes))
     console.print(table)
     if len(space.sessions) > SHOWN:
         console.print(f"... {len(space.sessions) - SHOWN:,} more, with --json")
@@ -110,6 +112,9 @@ def prune(
         str | None,
         typer.Option(help="Delete until the file is no larger: 500MB, 2GB, 1GiB; oldest first."),
     ] = None,
+    tenant: Annotated[
+        str | None, typer.Option(help="Only this tenant's sessions (default: everyone's).")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     as_json: AsJson = False,
@@ -125,15 +130,16 @@ def prune(
         None if older_than is None else timedelta(seconds=_measured(older_than, _TIMES)),
         None if max_bytes is None else int(_measured(max_bytes, _SIZES)),
     )
-    with closing(existing_store(store)) as memory:
+    every = tenant is None
+    with closing(existing_store(store, tenant or "")) as memory:
         if not (dry_run or yes or as_json):
-            planned = memory.prune(retention, dry_run=True)
+            planned = memory.prune(retention, dry_run=True, all_tenants=every)
             if planned.sessions:
                 _tell_pruned(planned)
                 many = len(planned.sessions)
                 typer.confirm(f"Delete {many:,} sessions with all their text?", abort=True)
         with Console(stderr=True).status("pruning"):
-            pruned = memory.prune(retention, dry_run=dry_run)
+            pruned = memory.prune(retention, dry_run=dry_run, all_tenants=every)
     if as_json:
         print_json({**asdict(pruned), "sessions": pruned.sessions})
     else:
@@ -152,10 +158,13 @@ def reindex(store: StorePath = DEFAULT_STORE, as_json: AsJson = False) -> None:
 
 
 def _tell_pruned(pruned: Pruned) -> None:
+    from still_memory.tenants import label
+
     console = Console(highlight=False, soft_wrap=True)
     would = "would go" if pruned.dry_run else "gone"
     for drop in pruned.drops[:SHOWN]:
-        what = f"session {drop.session!r}" if drop.whole else f"older states of {drop.session!r}"
+        name = label(drop.tenant, repr(drop.session))
+        what = f"session {name}" if drop.whole else f"older states of {name}"
         last = f", last used {drop.updated[:16]}" if drop.whole else ""
         console.print(
             printable(
