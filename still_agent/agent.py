@@ -34,6 +34,7 @@ from still_memory.prune import Pruned
 from still_memory.records import Head, NewTurn, SessionInfo, TurnRecord
 from still_memory.retention import Retention
 from still_memory.store import MemoryStore
+from still_memory.vault import Key
 
 
 class Agent:
@@ -76,6 +77,7 @@ class Agent:
         on_compaction: OnCompaction | None = None,
         keep_checkpoints: int = 2,
         codec: str | None = None,
+        key: Key | None = None,
         longest_message: int = LONGEST,
     ) -> Self:
         """Load a model and open a store.
@@ -90,6 +92,9 @@ class Agent:
         keep_checkpoints: how many saved states of a session stay in the store.
         codec: how memory is kept from now on, "exact", "int8" or "int4"; None is the store's own,
             at first "exact". The others round what a model reads, in memory as in the file.
+        key: 32 bytes, these as hex or base64, or a function that returns them, to encrypt a store
+            that is made here or to open one that is encrypted; None is what the environment's
+            STILL_AGENT_KEY says, if it is set.
         longest_message: characters that `send` and `stream` accept.
 
         Raises InputError, BudgetError, CompactorError, IdentityError, StoreError.
@@ -100,7 +105,9 @@ class Agent:
         kept: Store = (
             EphemeralStore(EXACT if codec is None else codec)
             if store is None
-            else MemoryStore(store, tenant=tenant, keep_checkpoints=keep_checkpoints, codec=codec)
+            else MemoryStore(
+                store, tenant=tenant, keep_checkpoints=keep_checkpoints, codec=codec, key=key
+            )
         )
         agent = cls(
             model,
@@ -196,23 +203,28 @@ class Agent:
                     session.forget()
         return pruned
 
-    def export(self, id: str, path: str | Path) -> None:
+    def export(self, id: str, path: str | Path, *, plain: bool = False) -> None:
         """Write a conversation as one new file, which `import_session` reads anywhere.
 
-        Its turns and its newest state go with it, in plain bytes: treat the file as the
-        conversation. UnknownSessionError; InputError if the file exists or cannot be written.
+        Its turns and its newest state go with it: treat the file as the conversation. Out of an
+        encrypted store it is sealed with the store's key, unless it is to be `plain`.
+        UnknownSessionError; InputError if the file exists or cannot be written.
         """
-        Portable.of(self.store, id).write(path)
+        Portable.of(self.store, id).write(path, None if plain else self._secret)
 
-    def import_session(self, path: str | Path, name: str | None = None) -> Session:
+    def import_session(
+        self, path: str | Path, name: str | None = None, *, key: Key | None = None
+    ) -> Session:
         """Open a conversation from a file that `export` wrote, under its name or another.
 
         Its state is equal bit for bit. Every byte is checked before any is saved: InputError for
         another kind of file, DamageError for a broken or forged one, IdentityError for one of
         another model, BudgetError for one that this budget cannot hold, ConflictError if the name
         is taken. The store is then as it was.
+
+        key: of a sealed file, where it is not this store's.
         """
-        found = Portable.read(path)
+        found = Portable.read(path, self._secret if key is None else key)
         remedy = "Load that model to import it."
         self.model.identity.require(found.model, f"the session in {str(path)!r}", remedy)
         for entry in found.checkpoint.entries:
@@ -265,6 +277,10 @@ class Agent:
             named = replace(head, model=self.model.identity)
             head = self.store.commit(named, state.checkpoint(), [])
         return self._opened(state, steps, head)
+
+    @property
+    def _secret(self) -> bytes | None:
+        return self.store.secret if isinstance(self.store, MemoryStore) else None
 
     def _to_rebuild(self, id: str) -> str:
         """What to do about a state that this agent cannot use, as words and as a command."""

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sqlite3
 import threading
 from collections.abc import Mapping, Sequence
-from contextlib import closing
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -147,16 +145,11 @@ class EphemeralStore:
 
     def search(self, head: Head, query: str, limit: int = 20) -> list[Match]:
         turns = self._at(head).turns[: head.turns]
-        with closing(sqlite3.connect(":memory:")) as conn:  # so that it finds what a file would
-            conn.execute("create table turns (id integer primary key, text text)")
-            conn.executemany("insert into turns values (?, ?)", [(t.id, t.text) for t in turns])
-            conn.execute(words.SCHEMA)
-            words.erase(conn)
-            found = words.find(conn, query, [t.id for t in turns], limit)
-            return [
-                Match(number, turns[number - 1].role, turns[number - 1].created, excerpt)
-                for number, _, excerpt in found
-            ]
+        found = words.find_in([(t.id, t.text) for t in turns], query, limit)
+        return [
+            Match(number, turns[number - 1].role, turns[number - 1].created, excerpt)
+            for number, _, excerpt in found
+        ]
 
     def sessions(self) -> list[SessionInfo]:
         named = [held for name, held in self._sessions.items() if len(name) <= MAX_SESSION_NAME]

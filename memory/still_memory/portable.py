@@ -32,6 +32,7 @@ from still_memory.checkpoint import Checkpoint, Entry, Share
 from still_memory.codec import EXACT, check_codec, decode, encode
 from still_memory.errors import (
     DamageError,
+    EncryptionError,
     InputError,
     StillError,
     StoreError,
@@ -39,8 +40,11 @@ from still_memory.errors import (
 )
 from still_memory.identity import ModelIdentity
 from still_memory.records import Head, NewTurn, TurnRecord, check_session_name, check_text, to_json
+from still_memory.sealed_file import KIND as SEALED
+from still_memory.sealed_file import SealedReader, SealedWriter
 from still_memory.span import Span
 from still_memory.spans_table import MAX_LAYERS, fault
+from still_memory.vault import KEY_VARIABLE, Key, user_key
 
 KIND = b"still session "
 EXACTLY, CODED = b"1\n", b"2\n"  # versions: the second may hold spans in other codecs
@@ -151,8 +155,12 @@ class Portable:
             settings=self.settings,
         )
 
-    def write(self, path: str | Path) -> None:
-        """Write a new file, for its owner alone. InputError if it is there or cannot be written."""
+    def write(self, path: str | Path, key: Key | None = None) -> None:
+        """Write a new file, for its owner alone. InputError if it is there or cannot be written.
+
+        key: as of `MemoryStore`, to seal it with; None: it is plain.
+        """
+        secret = None if key is None else user_key(key)
         try:
             out = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         except FileExistsError:
@@ -162,10 +170,13 @@ class Portable:
         try:
             with open(out, "wb") as file:
                 seen = hashlib.sha256()
+                to = file if secret is None else SealedWriter(file, secret)
                 for part in self._parts():
                     seen.update(part)
-                    file.write(part)
-                file.write(seen.digest())
+                    to.write(part)
+                to.write(seen.digest())
+                if isinstance(to, SealedWriter):
+                    to.close()
                 file.flush()
                 os.fsync(file.fileno())
         except BaseException as error:
@@ -178,17 +189,20 @@ class Portable:
             raise
 
     @classmethod
-    def read(cls, path: str | Path) -> Self:
+    def read(cls, path: str | Path, key: Key | None = None) -> Self:
         """Read what `write` wrote.
 
-        InputError if it is no such file, StoreError if a newer version wrote it, DamageError
-        if anything in it is not as it should be.
+        key: of a sealed one; None is the environment's STILL_AGENT_KEY.
+
+        InputError if it is no such file, StoreError if a newer version wrote it, EncryptionError if
+        it is sealed and the key is missing or another one, DamageError if anything in it is not as
+        it should be.
         """
         try:
             if not stat.S_ISREG(os.stat(path).st_mode):
                 raise InputError(f"{str(path)!r} is not a file; name one that an export wrote")
             with open(path, "rb") as file:
-                return cls._read(_Frames(file, str(path)))
+                return cls._read(_Frames(*_opened(file, str(path), key), str(path)))
         except (OSError, ValueError) as error:
             if isinstance(error, StillError):
                 raise
@@ -246,22 +260,45 @@ class Portable:
                 raise ValueError("memory is compact, and nothing else is")
             checkpoint = Checkpoint(entries, header.tokens, header.extra)
         except (ValueError, IndexError, OverflowError, MemoryError) as error:
-            raise DamageError(
-                f"{frames.path!r} is damaged: {_first_line(error)}. Nothing was taken from it; "
-                "export the session again"
-            ) from None
+            raise _damaged(frames.path, error) from None
         return cls(header.name, header.model, header.settings, checkpoint, turns)
+
+
+class _Readable(Protocol):
+    def read(self, count: int, /) -> bytes: ...
+
+
+def _opened(file: BinaryIO, path: str, key: Key | None) -> tuple[_Readable, int]:
+    """What an export says and how long that is, sealed or not."""
+    if file.read(len(SEALED)) != SEALED:
+        file.seek(0)
+        return file, os.fstat(file.fileno()).st_size
+    if (secret := user_key(key)) is None:
+        raise EncryptionError(
+            f"{path!r} is sealed: put its key into {KEY_VARIABLE}, or give it as key="
+        )
+    try:
+        reader = SealedReader(file, secret, path)
+    except ValueError as error:
+        raise _damaged(path, error) from None
+    return reader, reader.size
+
+
+def _damaged(path: str, error: Exception) -> DamageError:
+    return DamageError(
+        f"{path!r} is damaged: {_first_line(error)}. Nothing was taken from it; export the session "
+        "again"
+    )
 
 
 class _Frames:
     """The frames of a file, none larger than what is left of it."""
 
-    def __init__(self, file: BinaryIO, path: str) -> None:
+    def __init__(self, file: _Readable, size: int, path: str) -> None:
         self.path = path
         self._file, self._seen = file, hashlib.sha256()
-        self._left = os.fstat(file.fileno()).st_size
-        kind = file.read(len(KIND))
-        version = file.read(len(EXACTLY))
+        self._left = size
+        kind, version = file.read(len(KIND)), file.read(len(EXACTLY))
         if kind != KIND:
             raise InputError(f"{path!r} is not an exported session; name a file of an export")
         if version not in (EXACTLY, CODED):
@@ -281,8 +318,15 @@ class _Frames:
     def end(self) -> None:
         if self._left:
             raise ValueError(f"{self._left} bytes too many")
-        if self._file.read(_DIGEST + 1) != self._seen.digest():
+        if self._rest(_DIGEST + 1) != self._seen.digest():
             raise ValueError("its bytes do not match their digest")
+
+    def _rest(self, limit: int) -> bytes:
+        """What is left, of at most so many bytes; a sealed file gives a piece at once."""
+        data = bytearray()
+        while len(data) < limit and (piece := self._file.read(limit - len(data))):
+            data += piece
+        return bytes(data)
 
     def _take(self, count: int) -> bytes:
         if count > self._left:

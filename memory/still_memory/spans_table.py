@@ -16,10 +16,11 @@ from weakref import WeakKeyDictionary
 import torch
 
 from still_memory.codec import CODECS, EXACT, decode, encode, settled
+from still_memory.digests import digest
 from still_memory.errors import DamageError, InputError, StoreError
-from still_memory.ledger import digest
 from still_memory.records import pack_ids, unpack_ids
 from still_memory.span import Slots, Span
+from still_memory.vault import Vault
 
 MAX_LAYERS = 1024
 
@@ -39,13 +40,13 @@ class Packed:
 
 
 class SpansTable:
-    """The spans of one store, whose random key makes its addresses.
+    """The spans of one tenant, whose key makes their addresses.
 
     codec: what spans are written in that were not settled when they were made.
     """
 
-    def __init__(self, key: bytes, codec: str = EXACT) -> None:
-        self._key, self._codec = key, codec
+    def __init__(self, vault: Vault, codec: str = EXACT) -> None:
+        self._vault, self._codec = vault, codec
         self._known: WeakKeyDictionary[Span, tuple[str, str]] = WeakKeyDictionary()
 
     def pack(self, span: Span, model: str) -> Packed:
@@ -70,17 +71,23 @@ class SpansTable:
         if packed.layers is None:  # known here, and collected since
             packed = self._encode(span, model)
         assert packed.layers is not None
-        meta = _meta(span)
-        size = sum(map(len, packed.layers)) + len(meta[-1] or b"")
-        content = (model_id, *meta, packed.codec, len(packed.layers), size)
+        if row is not None and self._as_written(conn, row[0], packed, model, model_id):
+            return row[0], row[1], 0
+        address, codec = packed.address, packed.codec
+        *known, ids = _meta(span)
+        stored_ids = None if ids is None else self._vault.seal(ids, address, "ids")
+        layers = [
+            self._vault.seal(data, address, layer, codec)
+            for layer, data in enumerate(packed.layers)
+        ]
+        size = sum(map(len, layers)) + len(stored_ids or b"")
+        content = (model_id, *known, stored_ids, codec, len(layers), size)
         if row is None:
             (identity,) = conn.execute(
                 'insert into spans (address, model, start, "end", rotated_at, rounds, compactor,'
                 " ids, codec, layers, bytes) values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) returning id",
                 (packed.address, *content),
             ).fetchone()
-        elif _as_written(conn, row[0], content, packed):
-            return row[0], size, 0
         else:
             identity = row[0]
             conn.execute(
@@ -93,9 +100,7 @@ class SpansTable:
             "insert into span_layers (span, layer, digest, data) values (?, ?, ?, ?)",
             (
                 (identity, layer, mark, data)
-                for layer, (mark, data) in enumerate(
-                    zip(packed.digests, packed.layers, strict=True)
-                )
+                for layer, (mark, data) in enumerate(zip(packed.digests, layers, strict=True))
             ),
         )
         return identity, size, size
@@ -116,7 +121,7 @@ class SpansTable:
             meta, codec, stored = self._described(conn, address, model)
             slots, coded = [], []
             for row in stored:
-                data = self._data(conn, row)
+                data = self._data(conn, address, codec, row)
                 slots.append(_slots(data, address, row, codec, device))
                 coded += [] if codec == EXACT else [data]
             span = replace(_span(meta, tuple(slots)), codec=codec, coded=tuple(coded))
@@ -136,7 +141,8 @@ class SpansTable:
             return
         for row in stored:
             try:
-                _span(meta, (_slots(self._data(conn, row), address, row, codec, "cpu"),))
+                data = self._data(conn, address, codec, row)
+                _span(meta, (_slots(data, address, row, codec, "cpu"),))
             except (ValueError, DamageError) as error:
                 yield row[1], str(error)
 
@@ -151,10 +157,13 @@ class SpansTable:
         ).fetchone()
         if row is None:
             raise ValueError("it is missing")
-        identity, codec, layers, size, *rest = row
+        identity, codec, layers, size, *rest, ids = row
         if codec not in CODECS:
             raise StoreError(f"span {address[:12]} has codec {codec!r}; upgrade still-agent")
-        meta: _Meta = tuple(rest)
+        stored_ids = 0 if ids is None else len(ids)
+        meta: _Meta = (
+            *rest, None if ids is None else self._vault.open(ids, address, "ids")
+        )  # fmt: skip
         stored = conn.execute(
             "select id, layer, digest, length(data) from span_layers where span = ?"
             " order by layer limit ?",
@@ -167,18 +176,38 @@ class SpansTable:
         # a damaged row may hold values of any type: what is no digest is none of these
         if self._address(model, meta, codec, [r[2] for r in stored]) != address:
             raise ValueError("its description is not what was written")
-        if sum(r[3] or 0 for r in stored) + len(meta[-1] or b"") != size:
+        if sum(r[3] or 0 for r in stored) + stored_ids != size:
             raise ValueError("its size is not what was written")
         return meta, codec, stored
 
-    def _data(self, conn: sqlite3.Connection, row: _Stored) -> bytes:
+    def _as_written(
+        self, conn: sqlite3.Connection, row: int, packed: Packed, model: str, model_id: int
+    ) -> bool:
+        """Whether a span's rows are what they would be if it were written now.
+
+        Its address is, and so what it is; but for the model's row, which another damage may name.
+        """
+        assert packed.layers is not None
+        try:
+            (named,) = conn.execute("select model from spans where id = ?", (row,)).fetchone()
+            _, codec, stored = self._described(conn, packed.address, model)
+            return named == model_id and all(
+                self._data(conn, packed.address, codec, there) == data
+                for there, data in zip(stored, packed.layers, strict=True)
+            )
+        except (ValueError, StoreError):
+            return False
+
+    def _data(self, conn: sqlite3.Connection, address: str, codec: str, row: _Stored) -> bytes:
         """One layer's bytes. ValueError if they are not those that were written."""
         identity, layer, mark, _ = row
         query = "select data from span_layers where id = ?"
         found = conn.execute(query, (identity,)).fetchone()
-        if found is None or self._layer_digest(found[0]) != mark:  # an index may name a lost row
+        if found is None:  # an index may name a lost row
             raise ValueError(f"layer {layer} does not match its digest")
-        data: bytes = found[0]
+        data = self._vault.open(found[0], address, layer, codec)
+        if self._layer_digest(data) != mark:
+            raise ValueError(f"layer {layer} does not match its digest")
         return data
 
     def _encode(self, span: Span, model: str) -> Packed:
@@ -193,36 +222,12 @@ class SpansTable:
         return Packed(address, span.codec, layers, digests)
 
     def _layer_digest(self, data: bytes) -> bytes:
-        return digest(self._key, b"still layer", data)
+        return digest(self._vault.key, b"still layer", data)
 
     def _address(self, model: str, meta: _Meta, codec: str, digests: Iterable[bytes]) -> str:
         *known, ids = meta
         told = [] if ids is None else [ids]  # spans of before m002 have none
-        return digest(self._key, b"still span", model, *known, *told, codec, *digests).hex()
-
-
-def _as_written(
-    conn: sqlite3.Connection, span: int, content: tuple[object, ...], packed: Packed
-) -> bool:
-    """Whether a span's rows are what they would be if it were written now."""
-    assert packed.layers is not None
-    described = conn.execute(
-        'select model, start, "end", rotated_at, rounds, compactor, ids, codec, layers, bytes'
-        " from spans where id = ?",
-        (span,),
-    ).fetchone()
-    listed = conn.execute(
-        "select layer, digest, length(data) from span_layers where span = ? order by layer limit ?",
-        (span, MAX_LAYERS + 1),
-    ).fetchall()
-    expected = zip(packed.digests, packed.layers, strict=True)
-    if described != content or listed != [(n, d, len(b)) for n, (d, b) in enumerate(expected)]:
-        return False
-    query = "select data from span_layers where span = ? and layer = ?"
-    return all(
-        conn.execute(query, (span, layer)).fetchone()[0] == data
-        for layer, data in enumerate(packed.layers)
-    )
+        return digest(self._vault.key, b"still span", model, *known, *told, codec, *digests).hex()
 
 
 def _slots(

@@ -15,6 +15,7 @@ import sqlite3
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -22,13 +23,14 @@ from typing import Any, Self
 import torch
 from pydantic import JsonValue
 
-from still_memory import checkpoints_table, drafts_table, ledger, tenants, words
+from still_memory import checkpoints_table, drafts_table, ledger, tenants, vault, words
 from still_memory.checkpoint import Checkpoint
 from still_memory.codec import CODECS, EXACT, check_codec
 from still_memory.database import StoreFile, give_back_pages
 from still_memory.errors import (
     ConflictError,
     DamageError,
+    EncryptionError,
     InputError,
     StoreError,
     UnknownSessionError,
@@ -50,6 +52,7 @@ from still_memory.retention import Retention
 from still_memory.space import Space, measure
 from still_memory.span import Span
 from still_memory.spans_table import Packed, SpansTable
+from still_memory.vault import Key, user_key
 
 # A session and one of its checkpoints, as `_sealed` reads them.
 _STANDING = (
@@ -70,8 +73,12 @@ class MemoryStore:
     `keep_checkpoints` newest checkpoints of each session are kept. `codec`, one of
     `codec.CODECS`, is what new spans are written in from now on, by every later opening too; None
     is the store's own, at first "exact". Spans that are there stay as they are.
+    `key`, 32 bytes, encrypts a store that is made here, and opens one that is encrypted; None is
+    the environment's STILL_AGENT_KEY, if that is set. A store stays what it was made as, and
+    EncryptionError tells of a key that does not fit.
     `bytes_written` counts what this object has put into rows: tensors, text, token ids,
-    checkpoints. Every method may raise StoreError.
+    checkpoints. `secret` is the user's key, None in a plain store. Every method may raise
+    StoreError.
     """
 
     def __init__(
@@ -83,26 +90,34 @@ class MemoryStore:
         timeout: float = 30.0,
         keep_checkpoints: int = 2,
         codec: str | None = None,
+        key: Key | None = None,
     ) -> None:
         if keep_checkpoints < 1:
             raise InputError("keep_checkpoints must be at least 1: the head is a checkpoint")
         if codec is not None:
             check_codec(codec)
         self.tenant = tenants.check_tenant(tenant)
-        self._file = StoreFile(path, synchronous, timeout)
+        secret = user_key(key)
+        founding = None if secret is None else partial(vault.found, key=secret)
+        self._file = StoreFile(path, synchronous, timeout, founding)
         self._keep = keep_checkpoints
         self.bytes_written = 0
         try:
             with self._file.reading() as conn:
-                row = conn.execute("select value from meta where name = 'key'").fetchone()
-            if row is None or type(row[0]) is not bytes or len(row[0]) != 32:
-                raise DamageError(f"the store {path} has lost its key; restore it from a copy")
+                whole = vault.unlocked(conn, secret, self.path)
             self.codec = self._settle_codec(codec)
         except BaseException:
             self._file.close()
             raise
-        self._key = tenants.key_of(row[0], self.tenant)
-        self._spans = SpansTable(self._key, self.codec)
+        self.secret = secret
+        self._vault = whole.of(self.tenant)
+        self._owner_name = whole.name(self.tenant, *vault.TENANTS)
+        self._spans = SpansTable(self._vault, self.codec)
+
+    @property
+    def encrypted(self) -> bool:
+        """Whether what was said is nowhere in the file as it was said."""
+        return self._vault.encrypted
 
     @property
     def path(self) -> Path:
@@ -120,8 +135,9 @@ class MemoryStore:
         """A new session with its first turns and state; ConflictError if the name is taken."""
         check_session_name(session)
         packed = self._pack(checkpoint, model)
-        text = to_json(dict(settings), "settings")
-        start = Head(session, 0, 0, 0, None, 0, 0, model, json.loads(text))
+        told = to_json(dict(settings), "settings")
+        start = Head(session, 0, 0, 0, None, 0, 0, model, json.loads(told))
+        text = self._vault.seal_text(told, "settings")
         with self._file.writing() as conn:
             head, written = self._begin(conn, start, text, checkpoint, packed, turns)
         self._committed(packed, model, written)
@@ -174,10 +190,10 @@ class MemoryStore:
             tenant = self._owner(conn)
             row = conn.execute(
                 f"{_STANDING} and c.generation = s.generation where s.tenant = ? and s.name = ?",
-                (tenant, session),
+                (tenant, self._stored(session)),
             ).fetchone()
             if row is None:
-                _require_absent(conn, tenant, session)
+                self._require_absent(conn, tenant, session)
                 return None
             head = self._sealed(conn, session, row)
             query = "select max(generation) from checkpoints where session = ?"
@@ -201,7 +217,7 @@ class MemoryStore:
             with self._file.reading() as conn:
                 rows = conn.execute(
                     f"{_STANDING} where s.tenant = ? and s.name = ? order by c.generation desc",
-                    (self._owner(conn), session),
+                    (self._owner(conn), self._stored(session)),
                 ).fetchall()
                 for row in rows:
                     try:
@@ -254,11 +270,13 @@ class MemoryStore:
                 raise _moved_on(conn, tenant, head)
             settings, turn, mark, *content = row
             last_turn = ledger.turn_digest(conn, tenant, turn)
-            found = checkpoints_table.seal(self._key, head, last_turn, settings, tuple(content))
+            found = checkpoints_table.seal(
+                self._vault.key, head, last_turn, settings, tuple(content)
+            )
             if turn != head.turn or found != mark:
                 raise _damaged(head.session, "its checkpoint does not match its digest")
-            entries, extra = content[2:]
             try:
+                entries, extra = checkpoints_table.open_state(self._vault, head, *content[2:])
                 spans = {
                     address: self._spans.get(conn, address, head.model.address, device)
                     for address in checkpoints_table.addresses_in(entries)
@@ -272,19 +290,27 @@ class MemoryStore:
         head = session if isinstance(session, Head) else self._existing(session)
         with self._file.reading() as conn:
             self._require_turn(conn, head)
-            return ledger.read(conn, self._key, head.turn)
+            return ledger.read(conn, self._vault, head.turn)
 
     def search(self, head: Head, query: str, limit: int = 20) -> list[Match]:
         """The newest turns on the way to `head` that hold every word of `query`.
 
-        Case and accents do not count. InputError for a query without a word.
+        Case and accents do not count. InputError for a query without a word. An encrypted store
+        has no index, and opens every turn on the way.
         """
+        if self.encrypted:
+            turns = self.history(head)
+            found = words.find_in([(t.number, t.text) for t in turns], query, limit)
+            return [
+                Match(n, turns[n - 1].role, turns[n - 1].created, excerpt)
+                for n, _, excerpt in found
+            ]
         with self._file.reading() as conn:
             self._require_turn(conn, head)
             way = sorted(ledger.way(conn, head.turn))
             matches = []
             for number, turn, excerpt in words.find(conn, query, way, limit):
-                record = ledger.read_one(conn, self._key, turn, number)
+                record = ledger.read_one(conn, self._vault, turn, number)
                 matches.append(Match(number, record.role, record.created, excerpt))
         return matches
 
@@ -299,12 +325,12 @@ class MemoryStore:
                 " order by s.updated desc, s.id desc",
                 (self._owner(conn),),
             ).fetchall()
-        return [
-            SessionInfo(
-                name, turns, tokens, slots, size, _time(created, name), _time(updated, name), model
-            )
-            for name, turns, tokens, slots, size, created, updated, model in rows
-        ]
+        found = []
+        for stored, turns, tokens, slots, size, created, updated, model in rows:
+            _, name = self._vault.names(self._owner_name, stored)
+            times = _time(created, name), _time(updated, name)
+            found.append(SessionInfo(name, turns, tokens, slots, size, *times, model))
+        return found
 
     def draft(self, head: Head) -> Head | None:
         """How far the state has come that is to take this session's place, if one is on its way."""
@@ -328,7 +354,7 @@ class MemoryStore:
         if made.session_id != head.session_id:
             return self.commit(made, checkpoint, turns)
         packed = self._pack(checkpoint, made.model)
-        settings = to_json(made.settings, "settings")
+        settings = self._vault.seal_text(to_json(made.settings, "settings"), "settings")
         name = drafts_table.name_of(head.session_id)
         with self._file.writing() as conn:
             if not _stands(conn, self._owner(conn), head):
@@ -383,7 +409,7 @@ class MemoryStore:
         check_session_name(session)
         with self._file.erasing() as conn:
             query = "select id, generation from sessions where tenant = ? and name = ?"
-            row = conn.execute(query, (self._owner(conn), session)).fetchone()
+            row = conn.execute(query, (self._owner(conn), self._stored(session))).fetchone()
             if row is None:
                 raise _unknown(session)
             drafts_table.drop(conn, row[0])
@@ -399,6 +425,22 @@ class MemoryStore:
         with self._file.erasing() as conn:
             words.renew(conn)
 
+    def rekey(self, key: Key) -> None:
+        """Put the store under another user's key; the present one does not open it any more.
+
+        It still opens copies of the file that were made before. No row is written again.
+        EncryptionError for a store that is not encrypted, and for what is no key.
+        """
+        secret = user_key(key)
+        if self.secret is None or secret is None:
+            raise EncryptionError(
+                f"the store {self.path} is not encrypted: export its sessions and import them into "
+                "a new store that is"
+            )
+        with self._file.erasing() as conn:
+            vault.rewrap(conn, self.secret, secret, self.path)
+        self.secret = secret
+
     def prune(
         self, retention: Retention, *, dry_run: bool = False, all_tenants: bool = False
     ) -> Pruned:
@@ -413,7 +455,7 @@ class MemoryStore:
         """
         with self._file.reading() as conn:
             tenant = None if all_tenants else self._owner(conn)
-        return prune(self._file, retention, dry_run, tenant)
+        return prune(self._file, self._vault, retention, dry_run, tenant)
 
     def space(self, *, all_tenants: bool = False) -> Space:
         """What takes the space, by kind and by session. Reads the length of every text.
@@ -422,7 +464,7 @@ class MemoryStore:
         """
         with self._file.reading() as conn:
             tenant = None if all_tenants else self._owner(conn)
-            return measure(conn, self._log_bytes(), tenant)
+            return measure(conn, self._vault, self._log_bytes(), tenant)
 
     def stats(self) -> StoreStats:
         """How large the file is, and how much of what the tenant has in it."""
@@ -473,12 +515,13 @@ class MemoryStore:
         last_turn = ledger.turn_digest(conn, self._owner(conn), turn)
         try:
             model = ModelIdentity.model_validate_json(made_by)
-            known: dict[str, JsonValue] = json.loads(settings)
+            told = self._vault.open_text(settings, "settings")
+            known: dict[str, JsonValue] = json.loads(told)
         except (ValueError, TypeError):  # a damaged row may hold values of any type
             raise _damaged(session, "its description cannot be read") from None
         head = Head(session, identity, generation, checkpoint, turn, turns, tokens, model, known)
         content = slots, size, entries, extra
-        found = checkpoints_table.seal(self._key, head, last_turn, settings, content)
+        found = checkpoints_table.seal(self._vault.key, head, last_turn, settings, content)
         if found != mark or model.address != address:
             raise _damaged(session, "its newest checkpoint does not match its digest")
         return head
@@ -517,9 +560,9 @@ class MemoryStore:
         turns: Sequence[NewTurn],
     ) -> tuple[Head, int]:
         """The rows of a new session that begins at the turn of `start`."""
-        name, tenant = start.session, tenants.enter(conn, self.tenant)
+        name, tenant = start.session, tenants.enter(conn, self._owner_name)
         query = "select 1 from sessions where tenant = ? and name = ?"
-        if conn.execute(query, (tenant, name)).fetchone():
+        if conn.execute(query, (tenant, self._stored(name))).fetchone():
             raise ConflictError(
                 f"session {name!r} exists already: choose another name, or resume it"
             )
@@ -527,7 +570,7 @@ class MemoryStore:
         (identity,) = conn.execute(
             "insert into sessions (tenant, name, generation, model, created, updated, settings)"
             " values (?, ?, 1, ?, ?, ?, ?) returning id",
-            (tenant, name, self._model_id(conn, start.model), now, now, settings),
+            (tenant, self._stored(name), self._model_id(conn, start.model), now, now, settings),
         ).fetchone()
         start = replace(start, session_id=identity)
         head, written = self._advance(conn, start, settings, checkpoint, packed, turns, now)
@@ -545,7 +588,7 @@ class MemoryStore:
     ) -> tuple[Head, int]:
         """The rows of the next generation: the head that they make, and their bytes."""
         tenant = self._owner(conn)
-        turn, last_turn, written = ledger.append(conn, self._key, tenant, head.turn, turns, now)
+        turn, last_turn, written = ledger.append(conn, self._vault, tenant, head.turn, turns, now)
         model_id = self._model_id(conn, head.model)
         held: dict[int, int] = {}
         for span, pack in packed.items():
@@ -555,7 +598,6 @@ class MemoryStore:
         addresses = {span: pack.address for span, pack in packed.items()}
         entries = checkpoints_table.dump_entries(checkpoint, addresses)
         extra = to_json(dict(checkpoint.extra), "a checkpoint's extra state")
-        content = checkpoint.slots, sum(held.values()), entries, extra
         new_head = replace(
             head,
             generation=head.generation + 1,
@@ -563,7 +605,9 @@ class MemoryStore:
             turns=head.turns + len(turns),
             tokens=checkpoint.length,
         )
-        mark = checkpoints_table.seal(self._key, new_head, last_turn, settings, content)
+        stored = checkpoints_table.seal_state(self._vault, new_head, entries, extra)
+        content = checkpoint.slots, sum(held.values()), *stored
+        mark = checkpoints_table.seal(self._vault.key, new_head, last_turn, settings, content)
         identity = checkpoints_table.insert(conn, new_head, content, mark)
         conn.executemany(
             "insert into checkpoint_spans (checkpoint, span) values (?, ?)",
@@ -594,10 +638,10 @@ class MemoryStore:
 
     def _owner(self, conn: sqlite3.Connection) -> int:
         """The tenant's row. Not kept: another process may make it, or a rollback undo it."""
-        return tenants.find(conn, self.tenant)
+        return tenants.find(conn, self._owner_name)
 
     def _settings(self, conn: sqlite3.Connection, head: Head) -> str:
-        """The session's settings as JSON, if it still stands at `head`'s generation."""
+        """The session's settings as they are stored, if it still stands at `head`'s generation."""
         tenant = self._owner(conn)
         query = "select settings from sessions where id = ? and generation = ? and tenant = ?"
         row = conn.execute(query, (head.session_id, head.generation, tenant)).fetchone()
@@ -613,21 +657,24 @@ class MemoryStore:
             self._settings(conn, head)
             raise ledger.missing(head.turn)
 
+    def _stored(self, session: str) -> str:
+        """A session's name as its row has it."""
+        return self._vault.name(session, *vault.sessions_of(self._owner_name))
+
+    def _require_absent(self, conn: sqlite3.Connection, tenant: int, session: str) -> None:
+        """DamageError for a session that is there, and that the index of names has lost.
+
+        Else a damaged byte would begin a conversation anew that has months behind it.
+        """
+        query = "select 1 from sessions not indexed where tenant = ? and name = ?"
+        if conn.execute(query, (tenant, self._stored(session))).fetchone() is not None:
+            raise _damaged(session, "the index of names has lost it")
+
     def _existing(self, session: str) -> Head:
         head = self.head(session)
         if head is None:
             raise _unknown(session)
         return head
-
-
-def _require_absent(conn: sqlite3.Connection, tenant: int, session: str) -> None:
-    """DamageError for a session that is there, and that the index of names has lost.
-
-    Else a damaged byte would begin a conversation anew that has months behind it.
-    """
-    query = "select 1 from sessions not indexed where tenant = ? and name = ?"
-    if conn.execute(query, (tenant, session)).fetchone() is not None:
-        raise _damaged(session, "the index of names has lost it")
 
 
 def _now() -> str:

@@ -33,7 +33,6 @@ Codec = Annotated[
 Tenant = Annotated[
     str, typer.Option(envvar="STILL_AGENT_TENANT", help="Whose sessions (default: of no name).")
 ]
-]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 
 DEFAULT_STORE = Path("still.db")
