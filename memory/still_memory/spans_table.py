@@ -160,7 +160,6 @@ class SpansTable:
         identity, codec, layers, size, *rest, ids = row
         if codec not in CODECS:
             raise StoreError(f"span {address[:12]} has codec {codec!r}; upgrade still-agent")
-        stored_ids = 0 if ids is None else len(ids)
         meta: _Meta = (
             *rest, None if ids is None else self._vault.open(ids, address, "ids")
         )  # fmt: skip
@@ -176,7 +175,7 @@ class SpansTable:
         # a damaged row may hold values of any type: what is no digest is none of these
         if self._address(model, meta, codec, [r[2] for r in stored]) != address:
             raise ValueError("its description is not what was written")
-        if sum(r[3] or 0 for r in stored) + stored_ids != size:
+        if sum(r[3] or 0 for r in stored) + len(ids or b"") != size:
             raise ValueError("its size is not what was written")
         return meta, codec, stored
 

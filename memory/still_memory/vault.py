@@ -135,7 +135,7 @@ class SealedVault(Vault):
         if name == "":
             return name
         try:
-            parts = [part.encode() for part in namespace]
+            parts = [f"{part}".encode() for part in namespace]  # of damaged rows, of any type
             return self._names.decrypt(_from_base64(name, b"-_"), parts).decode()
         except InvalidTag:
             raise ValueError("its name was altered, or is of another tenant") from None
@@ -182,7 +182,7 @@ def unlocked(conn: sqlite3.Connection, key: bytes | None, path: Path) -> Vault:
         return SealedVault(_unwrapped(sealed, key, path))
     plain = kept.get("key")
     if type(plain) is not bytes or len(plain) != 32:
-        raise DamageError(f"the store {path} has lost its key; restore it from a copy")
+        raise _keyless(path)
     if key is not None:
         raise EncryptionError(
             f"the store {path} is not encrypted, and a key was given: take the key away (unset "
@@ -241,9 +241,9 @@ def _unwrapped(sealed: bytes, key: bytes, path: Path) -> bytes:
     from cryptography.exceptions import InvalidTag
     from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
+    if type(sealed) is not bytes or sealed[:1] != _WRAPPED or len(sealed) != 1 + _NONCE + 32 + 16:
+        raise _keyless(path)
     version, nonce, rest = sealed[:1], sealed[1 : 1 + _NONCE], sealed[1 + _NONCE :]
-    if type(sealed) is not bytes or version != _WRAPPED or len(rest) != 32 + 16:
-        raise DamageError(f"the store {path} has lost its key; restore it from a copy")
     try:
         return AESGCM(derived(key, b"still wrap")).decrypt(nonce, rest, version + _PLACE)
     except InvalidTag:
@@ -251,6 +251,10 @@ def _unwrapped(sealed: bytes, key: bytes, path: Path) -> bytes:
             f"the store {path} does not open with this key: give the one that it was made with. "
             "Nothing was read"
         ) from None
+
+
+def _keyless(path: Path) -> DamageError:
+    return DamageError(f"the store {path} has lost its key; restore it from a copy")
 
 
 def derived(key: bytes, purpose: bytes, size: int = 32, data: bytes = b"") -> bytes:
