@@ -145,7 +145,7 @@ class EphemeralStore:
 
     def search(self, head: Head, query: str, limit: int = 20) -> list[Match]:
         turns = self._at(head).turns[: head.turns]
-        found = words.find_in([(t.id, t.text) for t in turns], query, limit)
+        found = words.find_among(((t.id, t.text) for t in turns), query, limit)
         return [
             Match(number, turns[number - 1].role, turns[number - 1].created, excerpt)
             for number, _, excerpt in found

@@ -260,6 +260,44 @@ def test_old_turns_are_read_again_under_a_bar(
         assert "100%" in done.stderr and "tokens were read again, as logged" in done.stdout
 
 
+def test_a_tenant_sees_its_own_sessions_and_the_operator_all(
+    store: Path, tmp_path: Path, tiny_folder: Path, other_folder: Path
+) -> None:
+    copy, file = tmp_path / "copy.db", tmp_path / "x.still"
+    copy.write_bytes(store.read_bytes())
+
+    def run(*arguments: str, **env: str) -> Result:
+        return CliRunner().invoke(app, [*arguments, "--store", str(copy)], env=env)
+
+    def names(tenant: str) -> list[str]:
+        done = run("sessions", "list", "--json", STILL_AGENT_TENANT=tenant)
+        return [s["name"] for s in json.loads(done.stdout)]
+
+    assert run("sessions", "export", "ålice", str(file)).exit_code == 0
+    assert run("sessions", "import", str(file), "--tenant", "acme").exit_code == 0
+    said = chat(tiny_folder, copy, "hello\n", "--tenant", "acme", "--session", "bob")
+    assert said.exit_code == 0, said.output
+    assert names("") == ["ålice"] and names("acme") == ["bob", "ålice"] and names("x") == []
+    for command in ("show", "delete"):
+        refused = run("sessions", command, "bob", *(["--yes"] if command == "delete" else []))
+        assert type(refused.exception).__name__ == "UnknownSessionError"
+    forked = run("sessions", "fork", "bob", "carol", "--tenant", "acme")
+    assert forked.exit_code == 0 and "carol" in forked.stdout
+    assert "hello" in run("sessions", "show", "carol", "--tenant", "acme").stdout
+    stats = run("store", "stats")
+    assert "carol (tenant 'acme')" in stats.stdout and "\n ålice  " in stats.stdout
+    other = chat(other_folder, copy, "", "--tenant", "acme", "--session", "carol")
+    (command,) = re.findall(r"`still-agent (.*)`", str(other.exception))
+    assert CliRunner().invoke(app, shlex.split(command)).exit_code == 0  # names the tenant too
+    pruned = ["store", "prune", "--older-than", "0s", "--json"]
+    found = json.loads(run(*pruned, "--tenant", "acme", "--dry-run").stdout)
+    assert sorted(found["sessions"]) == [f"{n} (tenant 'acme')" for n in ("bob", "carol", "ålice")]
+    assert len(json.loads(run(*pruned, "--dry-run").stdout)["sessions"]) == 4
+    assert run(*pruned, "--tenant", "").exit_code == 0
+    assert names("") == [] and len(names("acme")) == 3
+    assert run("store", "check").exit_code == 0
+
+
 def test_a_store_can_be_named_by_the_environment(store: Path) -> None:
     runner = CliRunner()
     done = runner.invoke(app, ["sessions", "list", "--json"], env={"STILL_STORE": str(store)})

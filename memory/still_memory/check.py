@@ -148,8 +148,10 @@ def _as_now(conn: sqlite3.Connection, applied: set[str]) -> None:
         conn.execute("create temp view spans as select *, null as ids from main.spans")
     if "m005_tenants" not in applied:
         conn.execute("create temp view tenants as select 1 as id, '' as name")
-        for table in ("models", "sessions", "turns"):
-            conn.execute(f"create temp view {table} as select *, 1 as tenant from main.{table}")
+        drafts = "" if "m004_drafts" in applied else ", null as draft_of"
+        for table, more in (("models", ""), ("sessions", drafts), ("turns", "")):
+            view = f"select *, 1 as tenant{more} from main.{table}"
+            conn.execute(f"create temp view {table} as {view}")
 
 
 def _open(path: Path, timeout: float) -> sqlite3.Connection:

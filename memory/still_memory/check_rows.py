@@ -58,15 +58,19 @@ def models(conn: sqlite3.Connection, noted: Noted) -> dict[int, ModelIdentity]:
 def sessions(conn: sqlite3.Connection, vault: Vault, noted: Noted) -> None:
     """Names, times and settings can be read, and the head is the newest checkpoint."""
     rows = conn.execute(
-        "select s.id, n.name, s.name, s.tenant = m.tenant, s.generation, created, updated,"
-        " settings, (select max(c.generation) from checkpoints c where c.session = s.id)"
+        "select s.id, n.name, s.name, m.tenant != s.tenant, o.tenant != s.tenant, s.generation,"
+        " s.created, s.updated, s.settings,"
+        " (select max(c.generation) from checkpoints c where c.session = s.id)"
         " from sessions s left join tenants n on n.id = s.tenant"
-        " left join models m on m.id = s.model"
+        " left join models m on m.id = s.model left join sessions o on o.id = s.draft_of"
     )
-    for row, tenant, stored, same, generation, created, updated, settings, newest in rows:
+    for row, tenant, stored, model, origin, generation, created, updated, settings, newest in rows:
         name = noted.named(tenant or "", stored)
-        if same == 0:
-            noted.add("session", "a model of another tenant", sessions=[name], row=row)
+        if model:
+            noted.add("session", "its model is another tenant's", sessions=[name], row=row)
+        if origin:
+            how = "it is a draft of another tenant's session"
+            noted.add("session", how, sessions=[name], row=row)
         try:
             own = vault.open_name(stored, *sessions_of(tenant or ""))
             if not (type(own) is str and drafts_table.is_name(own)):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -111,6 +111,22 @@ def way(conn: sqlite3.Connection, last: int | None) -> set[int]:
     return {row[0] for row in rows}
 
 
+def texts(conn: sqlite3.Connection, vault: Vault, last: int | None) -> Iterator[tuple[int, str]]:
+    """The ids and texts of the turns that lead to `last`, oldest first."""
+    for turn in sorted(way(conn, last)):
+        row = conn.execute(
+            "select t.text, p.digest from turns t left join turns p on p.id = t.parent"
+            " where t.id = ?",
+            (turn,),
+        ).fetchone()
+        if row is None:
+            raise missing(turn)
+        try:
+            yield turn, vault.open_text(row[0], "text", row[1] or b"")
+        except ValueError as error:
+            raise _damaged(turn, error) from None
+
+
 def read_one(conn: sqlite3.Connection, vault: Vault, turn: int, number: int) -> TurnRecord:
     """A turn, checked against its digest and that of the one before it."""
     row = conn.execute(
@@ -179,9 +195,11 @@ def _opened(vault: Vault, above: bytes, turn: int, row: Sequence[Any]) -> _Row:
     try:
         return opened(vault, above, row)
     except ValueError as error:
-        raise DamageError(
-            f"turn {turn} is damaged ({error}); restore the store from a copy"
-        ) from None
+        raise _damaged(turn, error) from None
+
+
+def _damaged(turn: int, error: ValueError) -> DamageError:
+    return DamageError(f"turn {turn} is damaged ({error}); restore the store from a copy")
 
 
 def _row(turn: NewTurn, now: str) -> _Row:

@@ -295,21 +295,20 @@ class MemoryStore:
     def search(self, head: Head, query: str, limit: int = 20) -> list[Match]:
         """The newest turns on the way to `head` that hold every word of `query`.
 
-        Case and accents do not count. InputError for a query without a word. An encrypted store
-        has no index, and opens every turn on the way.
+        Case and accents do not count. InputError for a query without a word. In a file of several
+        tenants it takes time in proportion to the session's text, and to nothing of the others'; so
+        it does in an encrypted one, which has no index.
         """
-        if self.encrypted:
-            turns = self.history(head)
-            found = words.find_in([(t.number, t.text) for t in turns], query, limit)
-            return [
-                Match(n, turns[n - 1].role, turns[n - 1].created, excerpt)
-                for n, _, excerpt in found
-            ]
         with self._file.reading() as conn:
             self._require_turn(conn, head)
-            way = sorted(ledger.way(conn, head.turn))
+            # an index that all share tells how often others say a word
+            if self.encrypted or tenants.several(conn):
+                told = ledger.texts(conn, self._vault, head.turn)
+                found = words.find_among(told, query, limit)
+            else:
+                found = words.find(conn, query, sorted(ledger.way(conn, head.turn)), limit)
             matches = []
-            for number, turn, excerpt in words.find(conn, query, way, limit):
+            for number, turn, excerpt in found:
                 record = ledger.read_one(conn, self._vault, turn, number)
                 matches.append(Match(number, record.role, record.created, excerpt))
         return matches
@@ -446,8 +445,9 @@ class MemoryStore:
     ) -> Pruned:
         """Take out what `retention` does not let stay, and give its room back to the disk.
 
-        Of the tenant's sessions or, for the file's operator, of everyone's.
-        Also what an earlier call that was stopped has left. What goes is overwritten. Done in
+        Of the tenant's sessions or, for the file's operator, of everyone's; `max_bytes` is the
+        whole file's either way. Also what an earlier call that was stopped has left, whose ever
+        it was. What goes is overwritten. Done in
         many short transactions, so that turns of other threads and processes wait for one of
         them at most; a session that has a turn meanwhile stays. A deleted session is one that
         `delete` has deleted: its objects raise UnknownSessionError. With `dry_run` nothing

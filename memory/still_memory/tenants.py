@@ -61,6 +61,11 @@ def enter(conn: sqlite3.Connection, tenant: str) -> int:
     return row
 
 
+def several(conn: sqlite3.Connection) -> bool:
+    """Whether the file has had sessions of another tenant than the default one."""
+    return conn.execute("select 1 from tenants where id > ?", (DEFAULT,)).fetchone() is not None
+
+
 def label(tenant: str, session: str) -> str:
     """What an operator, who sees all tenants, is told of a session."""
     return f"{session} (tenant {tenant!r})" if tenant else session

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sqlite3
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import closing
 
 from still_memory.errors import DamageError, InputError
@@ -106,14 +106,17 @@ def find(
     return matches
 
 
-def find_in(turns: Sequence[tuple[int, str]], query: str, limit: int) -> list[tuple[int, int, str]]:
-    """What `find` finds, in turns by ascending id without an index: one is made and forgotten."""
+def find_among(
+    turns: Iterable[tuple[int, str]], query: str, limit: int
+) -> list[tuple[int, int, str]]:
+    """As `find`, among these ids and texts, ascending, and with an index of nothing else."""
     with closing(sqlite3.connect(":memory:")) as conn:
         conn.execute("create table turns (id integer primary key, text text)")
         conn.executemany("insert into turns values (?, ?)", turns)
         conn.execute(SCHEMA)
         conn.execute(REBUILD)
-        return find(conn, query, [turn for turn, _ in turns], limit)
+        way = [row[0] for row in conn.execute("select id from turns order by id")]
+        return find(conn, query, way, limit)
 
 
 def _expression(query: str) -> str:
