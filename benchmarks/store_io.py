@@ -10,6 +10,9 @@ that move the log too; processor times are what other work on the machine does n
 opening of the store is not in it: store_scale.py has that.
 
     python benchmarks/store_io.py --megabytes 1 4 16
+
+With --encrypted each size is measured once more with an encrypted store, against the same plain
+file, which is not.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import argparse
 import hashlib
 import json
 import os
+import secrets
 import statistics
 import tempfile
 import time
@@ -79,12 +83,15 @@ def read_plainly(path: Path) -> list[Slots]:
     return layers
 
 
-def compare(folder: Path, megabytes: float, repeats: int) -> dict[str, float]:
+def compare(
+    folder: Path, megabytes: float, repeats: int, key: bytes | None = None
+) -> dict[str, float]:
     tokens = max(1, int(megabytes * 1e6 / BYTES_A_TOKEN))
     names = ("save", "file", "resume", "read")
     seconds: dict[str, list[float]] = {n: [] for n in names}
     computed: dict[str, list[float]] = {n: [] for n in names}
-    path, plain = folder / f"{megabytes}.db", folder / f"{megabytes}.plain"
+    name = f"{megabytes} {'plain' if key is None else 'encrypted'}"
+    path, plain = folder / f"{name}.db", folder / f"{name}.plain"
 
     def now() -> tuple[float, float]:
         return time.perf_counter(), time.process_time()
@@ -94,7 +101,7 @@ def compare(folder: Path, megabytes: float, repeats: int) -> dict[str, float]:
         seconds[name].append(ended[0] - began[0])
         computed[name].append(ended[1] - began[1])
 
-    store = MemoryStore(path)
+    store = MemoryStore(path, key=key)
     head = store.create("x", MODEL, checkpoint=tail_of([raw_span(0, 1, 0)]), turns=[], settings={})
     for n in range(repeats + 1):
         span = raw_span(0, tokens, n)
@@ -104,7 +111,7 @@ def compare(folder: Path, megabytes: float, repeats: int) -> dict[str, float]:
         began = now()
         save_plainly(span, plain)
         timed("file", began)
-        other = MemoryStore(path)  # which knows nothing of it yet
+        other = MemoryStore(path, key=key)  # which knows nothing of it yet
         began = now()
         found = other.head("x")
         assert found is not None
@@ -121,6 +128,7 @@ def compare(folder: Path, megabytes: float, repeats: int) -> dict[str, float]:
     median = {name: statistics.median(taken) for name, taken in warm.items()}
     cpu = {name: statistics.median(taken[1:]) for name, taken in computed.items()}
     return {
+        "encrypted": store.encrypted,
         "bytes": size,
         **{f"{name}_ms": 1e3 * median[name] for name in median},
         "save_mb_a_second": size / 1e6 / median["save"],
@@ -137,17 +145,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--megabytes", type=float, nargs="+", default=[1, 4, 16])
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--encrypted", action="store_true", help="an encrypted store too")
     parser.add_argument("--folder", type=Path, help="on the disk to measure")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        rows = [compare(Path(folder), size, args.repeats) for size in args.megabytes]
+        keys = [None, secrets.token_bytes(32)] if args.encrypted else [None]
+        rows = [
+            compare(Path(folder), size, args.repeats, key)
+            for size in args.megabytes
+            for key in keys
+        ]
     if args.json:
         print(json.dumps(rows))
         return
     for row in rows:
+        kind = ", encrypted" if row["encrypted"] else ""
         print(
-            f"{row['bytes'] / 1e6:6.1f} MB: save {row['save_ms']:7.1f} ms, file "
+            f"{row['bytes'] / 1e6:6.1f} MB{kind}: save {row['save_ms']:7.1f} ms, file "
             f"{row['file_ms']:7.1f} ms, ratio {row['save_ratio']:.2f} (of means "
             f"{row['save_ratio_of_means']:.2f}); resume {row['resume_ms']:6.1f} ms, file "
             f"{row['read_ms']:6.1f} ms, ratio {row['resume_ratio']:.2f}; of processor times "

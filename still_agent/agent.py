@@ -28,6 +28,7 @@ from still_agent.session import Session
 from still_agent.steps import Steps
 from still_agent.text import LONGEST, check_message
 from still_memory.checkpoint import Checkpoint
+from still_memory.codec import EXACT
 from still_memory.compactors.base import Compactor
 from still_memory.errors import ConflictError, DamageError, InputError, UnknownSessionError
 from still_memory.portable import UNVERIFIED, Portable
@@ -36,6 +37,7 @@ from still_memory.records import Head, NewTurn, SessionInfo, TurnRecord
 from still_memory.retention import Retention
 from still_memory.store import MemoryStore
 from still_memory.taint import Deleted, Forks, Later
+from still_memory.vault import Key
 
 
 class Agent:
@@ -77,6 +79,8 @@ class Agent:
         sampling: Sampling | None = None,
         on_compaction: OnCompaction | None = None,
         keep_checkpoints: int = 2,
+        codec: str | None = None,
+        key: Key | None = None,
         longest_message: int = LONGEST,
     ) -> Self:
         """Load a model and open a store.
@@ -89,6 +93,11 @@ class Agent:
             model), or a `Compactor`; None is the one packaged with the reference model.
         on_compaction: called after each compaction, see `events.OnCompaction`.
         keep_checkpoints: how many saved states of a session stay in the store.
+        codec: how memory is kept from now on, "exact", "int8" or "int4"; None is the store's own,
+            at first "exact". The others round what a model reads, in memory as in the file.
+        key: 32 bytes, these as hex or base64, or a function that returns them, to encrypt a store
+            that is made here or to open one that is encrypted; None is what the environment's
+            STILL_AGENT_KEY says, if it is set.
         longest_message: characters that `send` and `stream` accept.
 
         Raises InputError, BudgetError, CompactorError, IdentityError, StoreError.
@@ -97,9 +106,11 @@ class Agent:
         (budget or Budget()).require_window(model.window)
         chosen = choose_compactor(compactor, name, model)
         kept: Store = (
-            EphemeralStore()
+            EphemeralStore(EXACT if codec is None else codec)
             if store is None
-            else MemoryStore(store, tenant=tenant, keep_checkpoints=keep_checkpoints)
+            else MemoryStore(
+                store, tenant=tenant, keep_checkpoints=keep_checkpoints, codec=codec, key=key
+            )
         )
         agent = cls(
             model,
@@ -206,23 +217,28 @@ class Agent:
                     session.close_deleted()
         return pruned
 
-    def export(self, id: str, path: str | Path) -> None:
+    def export(self, id: str, path: str | Path, *, plain: bool = False) -> None:
         """Write a conversation as one new file, which `import_session` reads anywhere.
 
-        Its turns and its newest state go with it, in plain bytes: treat the file as the
-        conversation. UnknownSessionError; InputError if the file exists or cannot be written.
+        Its turns and its newest state go with it: treat the file as the conversation. Out of an
+        encrypted store it is sealed with the store's key, unless it is to be `plain`.
+        UnknownSessionError; InputError if the file exists or cannot be written.
         """
-        Portable.of(self.store, id).write(path)
+        Portable.of(self.store, id).write(path, None if plain else self._secret)
 
-    def import_session(self, path: str | Path, name: str | None = None) -> Session:
+    def import_session(
+        self, path: str | Path, name: str | None = None, *, key: Key | None = None
+    ) -> Session:
         """Open a conversation from a file that `export` wrote, under its name or another.
 
         Its state is equal bit for bit. Every byte is checked before any is saved: InputError for
         another kind of file, DamageError for a broken or forged one, IdentityError for one of
         another model, BudgetError for one that this budget cannot hold, ConflictError if the name
         is taken. The store is then as it was.
+
+        key: of a sealed file, where it is not this store's.
         """
-        found = Portable.read(path)
+        found = Portable.read(path, self._secret if key is None else key)
         remedy = "Load that model to import it."
         self.model.identity.require(found.model, f"the session in {str(path)!r}", remedy)
         for entry in found.checkpoint.entries:
@@ -293,6 +309,10 @@ class Agent:
                         session.last_reply, session.restored = None, how
         return forgotten
 
+    @property
+    def _secret(self) -> bytes | None:
+        return self.store.secret if isinstance(self.store, MemoryStore) else None
+
     def _to_rebuild(self, id: str) -> str:
         """What to do about a state that this agent cannot use, as words and as a command."""
         told = f"have this one read its text again, in place of that memory: agent.rebuild({id!r})"
@@ -331,8 +351,11 @@ class Agent:
 
     def _state(self) -> tuple[RollingState, Steps]:
         """An empty state, and what notes its compactions."""
-        steps = Steps(self.budget, lambda: self.compactor.identity.address, self._on_compaction)
-        return RollingState(self.model, self.compactor, self.budget, steps), steps
+        codec = self.store.codec
+        steps = Steps(
+            self.budget, lambda: self.compactor.identity.address, self._on_compaction, codec
+        )
+        return RollingState(self.model, self.compactor, self.budget, steps, codec), steps
 
     def _opened(self, state: RollingState, steps: Steps, head: Head) -> Session:
         """One object for one session, also when several threads open it at once."""

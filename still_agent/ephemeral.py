@@ -14,6 +14,7 @@ from pydantic import JsonValue
 
 from still_memory import taint, words
 from still_memory.checkpoint import Checkpoint
+from still_memory.codec import EXACT, check_codec
 from still_memory.drafts_table import name_of
 from still_memory.errors import ConflictError, TaintedError, UnknownSessionError, deleted
 from still_memory.identity import ModelIdentity
@@ -30,7 +31,12 @@ from still_memory.taint import Deleted, Forks, Taint
 
 
 class Store(Protocol):
-    """What a session needs of a store. `still_memory.MemoryStore` is the lasting one."""
+    """What a session needs of a store. `still_memory.MemoryStore` is the lasting one.
+
+    codec: what the spans of new states are settled in.
+    """
+
+    codec: str
 
     def create(
         self,
@@ -95,7 +101,8 @@ class _Held:
 class EphemeralStore:
     """Keeps each session's newest checkpoint and its turns, in memory."""
 
-    def __init__(self) -> None:
+    def __init__(self, codec: str = EXACT) -> None:
+        self.codec = check_codec(codec)
         self._sessions: dict[str, _Held] = {}
         self._lock = threading.Lock()
         self._ids = 0

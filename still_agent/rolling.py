@@ -10,7 +10,8 @@ Slot `i` of a layer's share of a span stands at position `i` behind the span's f
 one behind the other, as wide as their largest layer. When a compaction has made the state
 shorter, everything behind it moves down, and the live cache is filled anew from the spans' own
 bytes.
-Restoring a checkpoint fills it in the same way from the same bytes; and how a message is cut
+Restoring a checkpoint fills it in the same way from the same bytes (a codec rounds a span when it
+is made, and not when it is saved); and how a message is cut
 for prefill depends on nothing but the number of slots held. So a resumed state and one that
 never stopped compute the same numbers, bit for bit.
 """
@@ -29,6 +30,7 @@ from still_agent.events import Compaction, OnCompaction
 from still_agent.models.frozen import FrozenModel
 from still_agent.schedule import Held, Plan, Rolling, schedule_for
 from still_memory.checkpoint import SHARES, Checkpoint, Entry, Share
+from still_memory.codec import EXACT, check_codec, settled
 from still_memory.compactors.base import Compactor
 from still_memory.errors import BudgetError, CompactorError, DamageError, InputError
 from still_memory.rotation import free, place
@@ -51,13 +53,14 @@ class RollingState:
         compactor: Compactor,
         budget: Budget,
         on_compaction: OnCompaction | None = None,
+        codec: str = EXACT,
     ) -> None:
         budget.require_window(model.window)
         self.model, self.compactor, self.budget = model, compactor, budget
         self.cache = model.new_cache(budget.slots)
         self.length = 0  # logical tokens
         self.compactions = 0  # done by this object, also where a restore has undone them
-        self._on_compaction = on_compaction
+        self._on_compaction, self._codec = on_compaction, check_codec(codec)
         self._schedule = schedule_for(budget, pinned=0)
         self._entries: list[Entry] = []
         self._open: list[int] = []  # newest tokens, in the live cache alone
@@ -158,6 +161,7 @@ class RollingState:
             slots = min(plan.slots, before - 1)
             span = self.compactor.compact(spans, slots, longest)
         _require_shorter(span, spans, slots, longest)
+        span = settled(span, self._codec)
         entry = Entry(span, span.start, span.end, 0, "memory", plan.level)
         self._entries = [*pinned, *memory[: plan.low], entry, *memory[plan.high :], *tail]
         self._fill()
@@ -210,7 +214,11 @@ class RollingState:
     # -- inside -------------------------------------------------------------------------------
 
     def _seal(self, share: Share) -> None:
-        """Copy the open run out of the live cache, once, into a raw span."""
+        """Copy the open run out of the live cache, once, into a raw span.
+
+        What a codec rounds of it goes back into the cache: the model goes on from what will be
+        read back.
+        """
         if not (n := len(self._open)):
             return
         start, base = self.length - n, self.position - n
@@ -218,7 +226,12 @@ class RollingState:
         for layer, held in enumerate(self.cache.lengths):
             keys, values = self.cache.raw(layer, held - n, held)  # (H_kv, n, d) views
             layers.append(raw_slots(keys.clone(), values.clone(), start))
-        span = Span(start, self.length, tuple(layers), rotated_at=base, ids=tuple(self._open))
+        raw = Span(start, self.length, tuple(layers), rotated_at=base, ids=tuple(self._open))
+        span = settled(raw, self._codec)
+        if span.coded:
+            for layer, held in enumerate(self.cache.lengths):
+                slots = span.layers[layer]
+                self.cache.load(layer, slots.keys, slots.values, at=held - n)
         self._entries.append(Entry(span, start, self.length, base, share))
         self._open = []
 

@@ -14,9 +14,10 @@ from pydantic import JsonValue
 
 from still_agent.budget import Budget
 from still_agent.events import Compaction, OnCompaction
+from still_memory.codec import EXACT
 
 Log = dict[str, JsonValue]
-KEYS = ("compactions", "steps", "compactor", "budget")
+KEYS = ("compactions", "steps", "compactor", "budget", "codec")
 
 
 class Steps:
@@ -26,9 +27,14 @@ class Steps:
     """
 
     def __init__(
-        self, budget: Budget, compactor: Callable[[], str], on_compaction: OnCompaction | None
+        self,
+        budget: Budget,
+        compactor: Callable[[], str],
+        on_compaction: OnCompaction | None,
+        codec: str = EXACT,
     ) -> None:
         self._budget, self._compactor, self._observer = budget, compactor, on_compaction
+        self._rounding: Log = {} if codec == EXACT else {"codec": codec}
         self._taken: list[JsonValue] = []
 
     def __call__(self, event: Compaction) -> None:
@@ -49,8 +55,11 @@ class Steps:
         self._taken = []
 
     def log(self) -> Log:
-        """What the turn's usage says of its compactions; without any, only that."""
-        told: Log = {"compactions": len(self._taken)}
+        """What the turn's usage says of its compactions; without any, only that.
+
+        And of the codec, where it rounds: that shapes what a turn leaves behind also without any.
+        """
+        told: Log = {"compactions": len(self._taken), **self._rounding}
         if self._taken:
             told |= {"steps": list(self._taken), **self.parts()}
         return told
@@ -60,15 +69,19 @@ class Steps:
         return {
             "compactor": self._compactor(),
             "budget": self._budget.model_dump(mode="json", exclude_none=True),
+            **self._rounding,
         }
 
 
 def differences(logged: Mapping[str, JsonValue], now: Log) -> set[str]:
     """Which of `KEYS` the ledger has otherwise. What it does not hold, it cannot contradict.
 
-    Turns from before boundaries were logged have their count alone.
+    Turns from before boundaries were logged have their count alone. One that names no codec is
+    of the exact one.
     """
-    return {key for key in KEYS if key in logged and not _agrees(logged[key], now.get(key))}
+    told = {"codec": EXACT, **logged} if "compactions" in logged else logged
+    given: Log = {"codec": EXACT, **now}
+    return {key for key in KEYS if key in told and not _agrees(told[key], given.get(key))}
 
 
 def _agrees(logged: JsonValue, now: JsonValue) -> bool:

@@ -444,3 +444,46 @@ def test_a_store_is_measured_and_pruned(store: Path, tmp_path: Path) -> None:
     assert run("prune", "--older-than", "30d", "--yes").exit_code == 0 and names() == ["ålice"]
     assert run("prune", "--max-bytes", "1kB", "--yes").exit_code == 0 and names() == ["ålice"]
     assert "no damage" in run("check").stdout
+
+
+def test_an_encrypted_store_from_the_command_line(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Made by importing a plain session while a key is set; then checked, and given another key."""
+
+    def run(*arguments: object) -> Result:
+        return CliRunner().invoke(app, [*map(str, arguments)])
+
+    monkeypatch.delenv("STILL_AGENT_KEY", raising=False)
+    plain, sealed, file = tmp_path / "plain.still", tmp_path / "sealed.db", tmp_path / "s.still"
+    assert run("sessions", "export", "ålice", plain, "--store", store).exit_code == 0
+    monkeypatch.setenv("STILL_AGENT_KEY", "ab" * 32)
+    assert run("sessions", "import", plain, "--store", sealed).exit_code == 0
+    assert b"Porto" in plain.read_bytes() and b"Porto" not in sealed.read_bytes()
+    assert run("store", "check", "--store", sealed).exit_code == 0
+    assert "Porto" in run("sessions", "search", "ålice", "porto", "--store", sealed).stdout
+    assert run("sessions", "export", "ålice", file, "--store", sealed).exit_code == 0
+    assert file.read_bytes().startswith(b"still sealed")
+    assert run("store", "rekey", "--store", sealed).exit_code == 1  # no new key
+    monkeypatch.setenv("STILL_AGENT_NEW_KEY", "cd" * 32)
+    assert run("store", "rekey", "--store", sealed).exit_code == 0
+    refused = run("sessions", "list", "--store", sealed)
+    assert refused.exit_code == 1 and "does not open with this key" in str(refused.exception)
+    monkeypatch.setenv("STILL_AGENT_KEY", "cd" * 32)
+    assert "ålice" in run("sessions", "list", "--store", sealed).stdout
+    out = tmp_path / "out.still"
+    assert run("sessions", "export", "ålice", out, "--plain", "--store", sealed).exit_code == 0
+    assert b"Porto" in out.read_bytes()
+    monkeypatch.delenv("STILL_AGENT_KEY")
+    refused = run("store", "check", "--store", sealed)
+    assert refused.exit_code == 1 and "STILL_AGENT_KEY" in str(refused.exception)
+
+
+def test_a_codec_is_an_option_of_chat(tiny_folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "small.db"
+    assert chat(tiny_folder, path, "Hello there.\n", "--codec", "int4").exit_code == 0
+    assert chat(tiny_folder, path, "And again.\n").exit_code == 0
+    with closing(sqlite3.connect(path)) as conn:
+        assert conn.execute("select distinct codec from spans").fetchall() == [("int4",)]
+    refused = chat(tiny_folder, path, "", "--codec", "zip")
+    assert refused.exit_code == 1 and "exact, int8, int4" in str(refused.exception)

@@ -71,5 +71,5 @@ def test_the_tree_names_every_module() -> None:
 
 
 def test_budgets_printed_in_the_concepts_are_valid() -> None:
-    (example,) = blocks("docs/concepts.md", "python")
+    example = blocks("docs/concepts.md", "python")[0]
     exec(example, {})

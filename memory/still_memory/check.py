@@ -17,9 +17,10 @@ from pathlib import Path
 import sqlite_utils
 
 from still_memory import check_rows, check_words
-from still_memory.errors import StoreError
+from still_memory.errors import DamageError, StoreError
 from still_memory.findings import Enough, Noted, Report
 from still_memory.migrations import APPLICATION_ID, migrations
+from still_memory.vault import Key, Vault, unlocked, user_key
 
 MOST = 1000  # findings
 
@@ -35,7 +36,11 @@ _ELSEWHERE = ("BUSY", "LOCKED", "NOMEM", "FULL", "CANTOPEN", "PERM", "AUTH", "IN
 
 
 def check_store(
-    path: str | Path, *, on_progress: OnProgress | None = None, timeout: float = 30.0
+    path: str | Path,
+    *,
+    on_progress: OnProgress | None = None,
+    timeout: float = 30.0,
+    key: Key | None = None,
 ) -> Report:
     """Everything in the store at `path` that is not as it was written, with its place.
 
@@ -43,14 +48,18 @@ def check_store(
     Takes about as long as reading the file and hashing it. Leaves the file as it is; SQLite may
     put an empty log beside it, which the next opening takes away.
 
+    key: as of `MemoryStore`; without it nothing that is encrypted could be checked.
+
     StoreError if there is no store to check: no such file, not a SQLite file, one of another
-    program, a newer schema, or one that cannot be read just now.
+    program, a newer schema, or one that cannot be read just now. EncryptionError for a key that is
+    missing or wrong.
     """
+    secret = user_key(key)
     path = Path(path).absolute()
     tell = on_progress or (lambda what, done, of: None)
     with closing(_open(path, timeout)) as conn:
         try:
-            return _check(conn, path, tell)
+            return _check(conn, path, secret, tell)
         except sqlite3.Error as error:
             raise StoreError(
                 f"the store {path} cannot be checked now ({error}); try again when no process "
@@ -58,7 +67,7 @@ def check_store(
             ) from error
 
 
-def _check(conn: sqlite3.Connection, path: Path, tell: OnProgress) -> Report:
+def _check(conn: sqlite3.Connection, path: Path, secret: bytes | None, tell: OnProgress) -> Report:
     conn.execute("begin")
     noted = Noted(conn, MOST)
     counts = dict.fromkeys(("sessions", "turns", "checkpoints", "spans", "span_bytes"), 0)
@@ -79,7 +88,10 @@ def _check(conn: sqlite3.Connection, path: Path, tell: OnProgress) -> Report:
             with _noting(noted, "a table"):
                 counts = _counted(conn)
             _as_now(conn, applied)
-            _check_rows(conn, noted, counts, tell, "m003_words" in applied)
+            vault = _unlocked(conn, path, secret, noted)
+            if vault is not None:
+                noted.vault = vault
+                _check_rows(conn, vault, noted, counts, tell, "m003_words" in applied)
     except Enough:
         complete = False
     return Report(
@@ -87,32 +99,42 @@ def _check(conn: sqlite3.Connection, path: Path, tell: OnProgress) -> Report:
     )  # fmt: skip
 
 
-def _check_rows(
-    conn: sqlite3.Connection, noted: Noted, counts: dict[str, int], tell: OnProgress, indexed: bool
-) -> None:
+def _unlocked(
+    conn: sqlite3.Connection, path: Path, secret: bytes | None, noted: Noted
+) -> Vault | None:
     with _noting(noted, "the table of settings"):
-        row = conn.execute("select value from meta where name = 'key'").fetchone()
-        if row is None or len(row[0]) != 32:
+        try:
+            return unlocked(conn, secret, path)
+        except DamageError:
             noted.add("key", "the store has lost its key")
-            return
-        key = bytes(row[0])
-    keys: dict[int, bytes] = {}
+    return None
+
+
+def _check_rows(
+    conn: sqlite3.Connection,
+    vault: Vault,
+    noted: Noted,
+    counts: dict[str, int],
+    tell: OnProgress,
+    indexed: bool,
+) -> None:
+    vaults: dict[int, Vault] = {}
     with _noting(noted, "the table of tenants"):
-        keys = check_rows.tenants(conn, key, noted)
+        vaults = check_rows.tenants(conn, vault, noted)
     with _noting(noted, "the table of models"):
         models = check_rows.models(conn, noted)
         with _noting(noted, "the table of sessions"):
-            check_rows.sessions(conn, noted)
+            check_rows.sessions(conn, vault, noted)
         with _noting(noted, "the table of turns"):
-            for done in check_rows.turns(conn, keys, noted):
+            for done in check_rows.turns(conn, vaults, noted):
                 tell("turns", done, counts["turns"])
         with _noting(noted, "the table of checkpoints"):
-            for done in check_rows.checkpoints(conn, keys, models, noted):
+            for done in check_rows.checkpoints(conn, vaults, models, noted):
                 tell("checkpoints", done, counts["checkpoints"])
         with _noting(noted, "the table of spans"):
-            for done in check_rows.spans(conn, keys, noted):
+            for done in check_rows.spans(conn, vaults, noted):
                 tell("bytes of spans", done, counts["span_bytes"])
-        if indexed:
+        if indexed and not vault.encrypted:
             with _noting(noted, "the index of words"):
                 for done in check_words.compare(conn, noted):
                     tell("turns in the index of words", done, counts["turns"])

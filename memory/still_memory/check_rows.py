@@ -11,23 +11,25 @@ from collections.abc import Iterator, Mapping
 from datetime import datetime
 
 from still_memory import checkpoints_table, drafts_table, ledger
+from still_memory.digests import digest
 from still_memory.errors import StoreError
 from still_memory.findings import Noted
 from still_memory.identity import ModelIdentity
 from still_memory.records import Head, check_session_name
 from still_memory.span import Span
 from still_memory.spans_table import SpansTable
-from still_memory.tenants import DEFAULT, check_tenant, key_of, label
+from still_memory.tenants import DEFAULT, check_tenant
+from still_memory.vault import TENANTS, Vault, sessions_of
 
 
-def tenants(conn: sqlite3.Connection, store_key: bytes, noted: Noted) -> dict[int, bytes]:
-    """The tenants' keys, by row; of those whose names can be read."""
-    found: dict[int, bytes] = {}
+def tenants(conn: sqlite3.Connection, vault: Vault, noted: Noted) -> dict[int, Vault]:
+    """The tenants' vaults, by row; of those whose names can be read."""
+    found: dict[int, Vault] = {}
     for row, name in conn.execute("select id, name from tenants"):
         try:
             if (name == "") != (row == DEFAULT):
                 raise ValueError("the default tenant alone has no name")
-            found[row] = key_of(store_key, check_tenant(name))
+            found[row] = vault.of(check_tenant(vault.open_name(name, *TENANTS)))
         except ValueError as error:
             noted.add("tenant", f"its name cannot be used ({error})", row=row)
     return found
@@ -53,7 +55,7 @@ def models(conn: sqlite3.Connection, noted: Noted) -> dict[int, ModelIdentity]:
     return found
 
 
-def sessions(conn: sqlite3.Connection, noted: Noted) -> None:
+def sessions(conn: sqlite3.Connection, vault: Vault, noted: Noted) -> None:
     """Names, times and settings can be read, and the head is the newest checkpoint."""
     rows = conn.execute(
         "select s.id, n.name, s.name, m.tenant != s.tenant, o.tenant != s.tenant, s.generation,"
@@ -62,18 +64,20 @@ def sessions(conn: sqlite3.Connection, noted: Noted) -> None:
         " from sessions s left join tenants n on n.id = s.tenant"
         " left join models m on m.id = s.model left join sessions o on o.id = s.draft_of"
     )
-    for row, tenant, own, model, origin, generation, created, updated, settings, newest in rows:
-        name = label(tenant or "", own)
+    for row, tenant, stored, model, origin, generation, created, updated, settings, newest in rows:
+        name = noted.named(tenant or "", stored)
         if model:
             noted.add("session", "its model is another tenant's", sessions=[name], row=row)
         if origin:
             how = "it is a draft of another tenant's session"
             noted.add("session", how, sessions=[name], row=row)
         try:
+            own = vault.open_name(stored, *sessions_of(tenant or ""))
             if not (type(own) is str and drafts_table.is_name(own)):
                 check_session_name(own)
             datetime.fromisoformat(created), datetime.fromisoformat(updated)
-            json.loads(settings)
+            whose = vault.of(vault.open_name(tenant or "", *TENANTS))
+            json.loads(whose.open_text(settings, "settings"))
         except (ValueError, RecursionError) as error:
             noted.add("session", f"it cannot be read ({error})", sessions=[name], row=row)
         if newest is None or newest < generation:
@@ -85,7 +89,7 @@ def sessions(conn: sqlite3.Connection, noted: Noted) -> None:
             )  # fmt: skip
 
 
-def turns(conn: sqlite3.Connection, keys: Mapping[int, bytes], noted: Noted) -> Iterator[int]:
+def turns(conn: sqlite3.Connection, vaults: Mapping[int, Vault], noted: Noted) -> Iterator[int]:
     """Each turn matches its digest, and follows one that was there before it."""
     rows = conn.execute(
         "select t.id, t.tenant, t.parent, p.id, p.tenant, p.digest, t.digest, t.role, t.created,"
@@ -93,7 +97,7 @@ def turns(conn: sqlite3.Connection, keys: Mapping[int, bytes], noted: Noted) -> 
     )
     for done, (row, tenant, parent, there, its, above, mark, *said) in enumerate(rows, 1):
         try:
-            if tenant not in keys:
+            if tenant not in vaults:
                 raise ValueError("its tenant is not known")
             if there is not None and its != tenant:
                 raise ValueError("it follows a turn of another tenant")
@@ -101,8 +105,9 @@ def turns(conn: sqlite3.Connection, keys: Mapping[int, bytes], noted: Noted) -> 
                 raise ValueError("it follows a turn that is later than itself")
             if parent is not None and there is None:
                 continue  # told with the references
-            if ledger.digest(keys[tenant], b"still turn", above or b"", *said) != mark:
+            if digest(vaults[tenant].key, b"still turn", above or b"", *said) != mark:
                 raise ValueError("it does not match its digest")
+            said = [*ledger.opened(vaults[tenant], above or b"", said)]
             datetime.fromisoformat(said[1]), json.loads(said[2])
             if len(said[3]) % 4:
                 raise ValueError(f"{len(said[3])} bytes of tokens")
@@ -113,39 +118,42 @@ def turns(conn: sqlite3.Connection, keys: Mapping[int, bytes], noted: Noted) -> 
 
 def checkpoints(
     conn: sqlite3.Connection,
-    keys: Mapping[int, bytes],
+    vaults: Mapping[int, Vault],
     models: Mapping[int, ModelIdentity],
     noted: Noted,
 ) -> Iterator[int]:
     """Each checkpoint matches its digest, makes a state, and holds the spans that it names."""
     rows = conn.execute(
         "select c.id, s.tenant, s.name, s.model, s.settings, c.generation, c.turn, t.digest,"
-        " t.tenant, c.turns, c.tokens, c.digest, c.slots, c.bytes, c.entries, c.extra"
+        " t.tenant, c.turns, c.tokens, c.digest, c.slots, c.bytes, c.entries, c.extra, n.name"
         " from checkpoints c join sessions s on s.id = c.session"
+        " left join tenants n on n.id = s.tenant"
         " left join turns t on t.id = c.turn order by c.id"
     )
     for done, row in enumerate(rows, 1):
-        identity, tenant, name, model, settings, generation, turn, last, its, *rest = row
+        identity, tenant, stored, model, settings, generation, turn, last, its, *rest, owner = row
         turns, tokens, mark, *rest = rest
         if model in models and (turn is None or last is not None):  # else that was told
-            head = Head(name, 0, generation, identity, turn, turns, tokens, models[model], {})
             try:
-                if tenant not in keys:
+                if tenant not in vaults:
                     raise ValueError("its session's tenant is not known")
                 if turn is not None and its != tenant:
                     raise ValueError("its last turn is another tenant's")
-                content, key = tuple(rest), keys[tenant]
-                if checkpoints_table.seal(key, head, last or b"", settings, content) != mark:
+                content, vault = tuple(rest), vaults[tenant]
+                name = vault.open_name(stored, *sessions_of(owner))
+                head = Head(name, 0, generation, identity, turn, turns, tokens, models[model], {})
+                if checkpoints_table.seal(vault.key, head, last or b"", settings, content) != mark:
                     raise ValueError("it does not match its digest")
-                _check_entries(noted, conn, identity, model, tokens, *rest[2:])
+                state = checkpoints_table.open_state(vault, head, *rest[2:])
+                _check_entries(noted, conn, identity, model, tokens, *state)
             except (ValueError, RecursionError) as error:
                 noted.checkpoint(str(error), identity)
         yield done
 
 
-def spans(conn: sqlite3.Connection, keys: Mapping[int, bytes], noted: Noted) -> Iterator[int]:
+def spans(conn: sqlite3.Connection, vaults: Mapping[int, Vault], noted: Noted) -> Iterator[int]:
     """Every layer of every span is what was written. Yields the bytes that are read."""
-    tables = {tenant: SpansTable(key) for tenant, key in keys.items()}
+    tables = {tenant: SpansTable(vault) for tenant, vault in vaults.items()}
     rows = conn.execute(
         "select s.id, s.address, m.tenant, m.address, s.bytes from spans s"
         " join models m on m.id = s.model order by s.id"

@@ -15,8 +15,10 @@ from pydantic import ConfigDict, TypeAdapter
 
 from still_memory import ledger
 from still_memory.checkpoint import Checkpoint, Entry, Share
+from still_memory.digests import digest
 from still_memory.records import Head, to_json
 from still_memory.span import Span
+from still_memory.vault import Vault
 
 Content = tuple[int, int, str, str]  # slots, bytes, entries, extra: as the row holds them
 
@@ -47,7 +49,7 @@ def build(entries: str, extra: str, tokens: int, spans: Mapping[str, Span]) -> C
 
 def seal(key: bytes, head: Head, last_turn: bytes, settings: str, content: Content) -> bytes:
     """The digest of a checkpoint; `last_turn` is its last turn's own."""
-    return ledger.digest(
+    return digest(
         key,
         b"still checkpoint",
         head.session,
@@ -59,6 +61,18 @@ def seal(key: bytes, head: Head, last_turn: bytes, settings: str, content: Conte
         settings,
         *content,
     )
+
+
+def seal_state(vault: Vault, head: Head, entries: str, extra: str) -> tuple[str, str]:
+    """Entries and extra state as the row of `head`'s checkpoint holds them."""
+    place = head.session, head.generation
+    return vault.seal_text(entries, "entries", *place), vault.seal_text(extra, "extra", *place)
+
+
+def open_state(vault: Vault, head: Head, entries: str, extra: str) -> tuple[str, str]:
+    """What `seal_state` was given. ValueError if it was not sealed for this very checkpoint."""
+    place = head.session, head.generation
+    return vault.open_text(entries, "entries", *place), vault.open_text(extra, "extra", *place)
 
 
 def insert(conn: sqlite3.Connection, head: Head, content: Content, mark: bytes) -> int:

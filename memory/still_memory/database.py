@@ -12,7 +12,7 @@ import os
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -36,14 +36,23 @@ _inherited: list[sqlite3.Connection] = []
 
 
 class StoreFile:
-    """The connection to a store's file: `reading()` and `writing()` are its transactions."""
+    """The connection to a store's file: `reading()` and `writing()` are its transactions.
 
-    def __init__(self, path: str | Path, synchronous: str, timeout: float) -> None:
+    founding: what is done to a file that is made here, in the transaction that makes it.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        synchronous: str,
+        timeout: float,
+        founding: Callable[[sqlite3.Connection], None] | None = None,
+    ) -> None:
         if synchronous.upper() not in ("NORMAL", "FULL", "EXTRA"):
             raise StoreError(f"synchronous must be NORMAL, FULL or EXTRA, not {synchronous!r}")
         self.path = Path(path).absolute()  # after a chdir too; and ":memory:" is a file
         self._synchronous = synchronous.upper()
-        self._timeout = timeout
+        self._timeout, self._founding = timeout, founding
         self._lock = threading.RLock()
         self._pid = os.getpid()
         self._conn: sqlite3.Connection | None = self._open()
@@ -233,7 +242,10 @@ class StoreFile:
         conn.execute("begin immediate")
         try:
             self._refuse_newer(db)
+            new = not migrations.applied(db)
             migrations.apply(db)
+            if new and self._founding is not None:
+                self._founding(conn)
             conn.execute("commit")
         except BaseException:
             if conn.in_transaction:

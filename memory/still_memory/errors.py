@@ -33,6 +33,10 @@ class StoreError(StillError):
     """The store cannot be opened, read or written (not SQLite, newer schema, read-only, full)."""
 
 
+class EncryptionError(StoreError):
+    """A key is missing, wrong or no key, or a store is not encrypted where one was given."""
+
+
 class DamageError(StoreError):
     """Stored bytes do not match their digest, or lack something that they refer to."""
 

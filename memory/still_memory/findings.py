@@ -8,7 +8,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Literal
 
+from still_memory.errors import DamageError
 from still_memory.tenants import label
+from still_memory.vault import Vault
 
 Kind = Literal[
     "file", "schema", "key", "tenant", "model", "session", "turn", "checkpoint", "span",
@@ -104,6 +106,7 @@ class Noted:
 
     def __init__(self, conn: sqlite3.Connection, most: int) -> None:
         self.findings: list[Finding] = []
+        self.vault: Vault | None = None  # opens names, once there is a key
         self._conn, self._most = conn, most
         self._harmed: set[int] = set()  # rows of checkpoints
 
@@ -180,7 +183,14 @@ class Noted:
             " on s.id = c.session left join tenants n on n.id = s.tenant where c.id = ?",
             (checkpoint,),
         ).fetchall()
-        return [(_shown(label(tenant, name)), turns) for tenant, name, turns in rows]
+        return [(_shown(self.named(tenant, name)), turns) for tenant, name, turns in rows]
+
+    def named(self, tenant: str, session: str) -> str:
+        """A session as people know it; where its name cannot be read, as it is stored."""
+        if self.vault is not None:
+            with suppress(DamageError):
+                tenant, session = self.vault.names(tenant, session)
+        return label(tenant, session)
 
 
 def _shown(text: str) -> str:

@@ -6,34 +6,26 @@ so that the digest of the last turn, which the checkpoint covers, stands for all
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sqlite3
 from collections.abc import Collection, Iterator, Sequence
 from datetime import UTC, datetime
+from typing import Any
 
 from pydantic import JsonValue
 
 from still_memory import words
+from still_memory.digests import digest
 from still_memory.errors import DamageError, InputError
 from still_memory.records import NewTurn, TurnRecord, check_text, pack_ids, to_json, unpack_ids
+from still_memory.vault import Vault
 
-
-def digest(key: bytes, purpose: bytes, *parts: bytes | str | int | None) -> bytes:
-    """A keyed BLAKE2b of parts: of no use, without the store's key, for confirming a guess."""
-    state = hashlib.blake2b(key=key, person=purpose, digest_size=32)
-    for part in parts:
-        if isinstance(part, str):
-            part = str.__str__(part)  # what is read back is no subclass of it, such as an enum
-        data = part if isinstance(part, bytes) else f"{type(part).__name__} {part}".encode()
-        state.update(len(data).to_bytes(8, "little"))
-        state.update(data)
-    return state.digest()
+_Row = tuple[str, str, str, bytes, str]  # role, created, usage, tokens, text
 
 
 def append(
     conn: sqlite3.Connection,
-    key: bytes,
+    vault: Vault,
     tenant: int,
     parent: int | None,
     turns: Sequence[NewTurn],
@@ -46,8 +38,8 @@ def append(
     above = turn_digest(conn, tenant, parent)
     written = 0
     for turn in turns:
-        row = _row(turn, now)
-        above = digest(key, b"still turn", above, *row)
+        row = _sealed(vault, above, _row(turn, now))
+        above = digest(vault.key, b"still turn", above, *row)
         cursor = conn.execute(
             "insert into turns (tenant, parent, role, created, usage, tokens, text, digest)"
             " values (?, ?, ?, ?, ?, ?, ?, ?)",
@@ -71,7 +63,7 @@ def turn_digest(conn: sqlite3.Connection, tenant: int, turn: int | None) -> byte
     return row[0]
 
 
-def read(conn: sqlite3.Connection, key: bytes, last: int | None) -> list[TurnRecord]:
+def read(conn: sqlite3.Connection, vault: Vault, last: int | None) -> list[TurnRecord]:
     """The turns that lead to `last`, oldest first, each checked against its digest."""
     rows = conn.execute(
         "with recursive path (id, parent) as ("
@@ -85,14 +77,15 @@ def read(conn: sqlite3.Connection, key: bytes, last: int | None) -> list[TurnRec
     turns: list[TurnRecord] = []
     for row in rows:
         identity, named, stored, *rest = row
-        above = digest(key, b"still turn", above, *rest)
+        before, above = above, digest(vault.key, b"still turn", above, *rest)
         if named != parent or stored != above:
             raise DamageError(
                 f"turn {identity} is damaged or one before it is missing; restore the store "
                 "from a copy"
             )
         parent = identity
-        turns.append(_record(len(turns) + 1, identity, named, *rest))
+        said = _opened(vault, before, identity, rest)
+        turns.append(_record(len(turns) + 1, identity, named, *said))
     if parent != last:
         raise missing(last)
     return turns
@@ -118,16 +111,23 @@ def way(conn: sqlite3.Connection, last: int | None) -> set[int]:
     return {row[0] for row in rows}
 
 
-def texts(conn: sqlite3.Connection, last: int | None) -> Iterator[tuple[int, str]]:
+def texts(conn: sqlite3.Connection, vault: Vault, last: int | None) -> Iterator[tuple[int, str]]:
     """The ids and texts of the turns that lead to `last`, oldest first."""
     for turn in sorted(way(conn, last)):
-        row = conn.execute("select text from turns where id = ?", (turn,)).fetchone()
+        row = conn.execute(
+            "select t.text, p.digest from turns t left join turns p on p.id = t.parent"
+            " where t.id = ?",
+            (turn,),
+        ).fetchone()
         if row is None:
             raise missing(turn)
-        yield turn, row[0]
+        try:
+            yield turn, vault.open_text(row[0], "text", row[1] or b"")
+        except ValueError as error:
+            raise _damaged(turn, error) from None
 
 
-def read_one(conn: sqlite3.Connection, key: bytes, turn: int, number: int) -> TurnRecord:
+def read_one(conn: sqlite3.Connection, vault: Vault, turn: int, number: int) -> TurnRecord:
     """A turn, checked against its digest and that of the one before it."""
     row = conn.execute(
         "select t.parent, p.digest, t.digest, t.role, t.created, t.usage, t.tokens, t.text"
@@ -137,9 +137,10 @@ def read_one(conn: sqlite3.Connection, key: bytes, turn: int, number: int) -> Tu
     if row is None:
         raise missing(turn)
     parent, above, stored, *rest = row
-    if digest(key, b"still turn", above or b"", *rest) != stored:
+    above = above or b""
+    if digest(vault.key, b"still turn", above, *rest) != stored:
         raise DamageError(f"turn {turn} is damaged; restore the store from a copy")
-    return _record(number, turn, parent, *rest)
+    return _record(number, turn, parent, *_opened(vault, above, turn, rest))
 
 
 def drop(
@@ -164,7 +165,7 @@ def drop(
     return dropped
 
 
-def copies(conn: sqlite3.Connection, tenant: int, turns: Collection[int]) -> set[int]:
+def copies(conn: sqlite3.Connection, vault: Vault, tenant: int, turns: Collection[int]) -> set[int]:
     """The ids of the tenant's turns that say what these say, in one role and at one moment.
 
     These themselves, and rows that an import or a rebuild has made of them. Reads the time of
@@ -176,9 +177,14 @@ def copies(conn: sqlite3.Connection, tenant: int, turns: Collection[int]) -> set
     moments = {created for _, created in own}
     alike = [row for row, created in conn.execute(query, (tenant,)) if created in moments]
 
-    def said(row: int) -> tuple[object, ...]:
-        found = conn.execute("select role, created, text from turns where id = ?", (row,))
-        return tuple(found.fetchone())
+    def said(turn: int) -> tuple[str, str, str]:
+        above, *row = conn.execute(
+            "select p.digest, t.role, t.created, t.usage, t.tokens, t.text"
+            " from turns t left join turns p on p.id = t.parent where t.id = ?",
+            (turn,),
+        ).fetchone()
+        role, created, _, _, text = _opened(vault, above or b"", turn, row)
+        return role, created, text
 
     wanted = {said(row) for row, _ in own}
     return {row for row in alike if said(row) in wanted}
@@ -193,7 +199,44 @@ def collect(conn: sqlite3.Connection) -> None:
     )
 
 
-def _row(turn: NewTurn, now: str) -> tuple[str, str, str, bytes, str]:
+def opened(vault: Vault, above: bytes, row: Sequence[Any]) -> _Row:
+    """A turn's row as it was before it was sealed; `above` is the digest of the turn before it.
+
+    ValueError for one that was not sealed here.
+    """
+    role, created, usage, tokens, text = row
+    return (
+        vault.open_text(role, "role", above),
+        created,
+        vault.open_text(usage, "usage", above),
+        vault.open(tokens, "tokens", above),
+        vault.open_text(text, "text", above),
+    )
+
+
+def _sealed(vault: Vault, above: bytes, row: _Row) -> _Row:
+    role, created, usage, tokens, text = row
+    return (
+        vault.seal_text(role, "role", above),
+        created,
+        vault.seal_text(usage, "usage", above),
+        vault.seal(tokens, "tokens", above),
+        vault.seal_text(text, "text", above),
+    )
+
+
+def _opened(vault: Vault, above: bytes, turn: int, row: Sequence[Any]) -> _Row:
+    try:
+        return opened(vault, above, row)
+    except ValueError as error:
+        raise _damaged(turn, error) from None
+
+
+def _damaged(turn: int, error: ValueError) -> DamageError:
+    return DamageError(f"turn {turn} is damaged ({error}); restore the store from a copy")
+
+
+def _row(turn: NewTurn, now: str) -> _Row:
     """Role, created, usage, tokens and text as they stand in the table."""
     created = now
     if turn.created is not None:

@@ -29,9 +29,10 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from still_memory.checkpoint import Checkpoint, Entry, Share
-from still_memory.codec import decode, encode
+from still_memory.codec import EXACT, check_codec, decode, encode
 from still_memory.errors import (
     DamageError,
+    EncryptionError,
     InputError,
     StillError,
     StoreError,
@@ -39,10 +40,14 @@ from still_memory.errors import (
 )
 from still_memory.identity import ModelIdentity
 from still_memory.records import Head, NewTurn, TurnRecord, check_session_name, check_text, to_json
+from still_memory.sealed_file import KIND as SEALED
+from still_memory.sealed_file import SealedReader, SealedWriter
 from still_memory.span import Span
 from still_memory.spans_table import MAX_LAYERS, fault
+from still_memory.vault import KEY_VARIABLE, Key, user_key
 
-KIND, VERSION = b"still session ", b"1\n"
+KIND = b"still session "
+EXACTLY, CODED = b"1\n", b"2\n"  # versions: the second may hold spans in other codecs
 _DIGEST = hashlib.sha256().digest_size
 _JSON = 1 << 26  # bytes of one JSON frame, at most
 _LAYER = 1 << 31  # and of one layer
@@ -88,6 +93,7 @@ class _Span(_Strict):
     rounds: _Count
     compactor: str | None
     ids: list[_Token] | None
+    codec: str = EXACT
     layers: Annotated[int, Field(ge=1, le=MAX_LAYERS)]
 
 
@@ -149,8 +155,12 @@ class Portable:
             settings=self.settings,
         )
 
-    def write(self, path: str | Path) -> None:
-        """Write a new file, for its owner alone. InputError if it is there or cannot be written."""
+    def write(self, path: str | Path, key: Key | None = None) -> None:
+        """Write a new file, for its owner alone. InputError if it is there or cannot be written.
+
+        key: as of `MemoryStore`, to seal it with; None: it is plain.
+        """
+        secret = None if key is None else user_key(key)
         try:
             out = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         except FileExistsError:
@@ -160,10 +170,13 @@ class Portable:
         try:
             with open(out, "wb") as file:
                 seen = hashlib.sha256()
+                to = file if secret is None else SealedWriter(file, secret)
                 for part in self._parts():
                     seen.update(part)
-                    file.write(part)
-                file.write(seen.digest())
+                    to.write(part)
+                to.write(seen.digest())
+                if isinstance(to, SealedWriter):
+                    to.close()
                 file.flush()
                 os.fsync(file.fileno())
         except BaseException as error:
@@ -176,17 +189,20 @@ class Portable:
             raise
 
     @classmethod
-    def read(cls, path: str | Path) -> Self:
+    def read(cls, path: str | Path, key: Key | None = None) -> Self:
         """Read what `write` wrote.
 
-        InputError if it is no such file, StoreError if a newer version wrote it, DamageError
-        if anything in it is not as it should be.
+        key: of a sealed one; None is the environment's STILL_AGENT_KEY.
+
+        InputError if it is no such file, StoreError if a newer version wrote it, EncryptionError if
+        it is sealed and the key is missing or another one, DamageError if anything in it is not as
+        it should be.
         """
         try:
             if not stat.S_ISREG(os.stat(path).st_mode):
                 raise InputError(f"{str(path)!r} is not a file; name one that an export wrote")
             with open(path, "rb") as file:
-                return cls._read(_Frames(file, str(path)))
+                return cls._read(_Frames(*_opened(file, str(path), key), str(path)))
         except (OSError, ValueError) as error:
             if isinstance(error, StillError):
                 raise
@@ -205,7 +221,7 @@ class Portable:
                 _Span(
                     start=s.start, end=s.end, rotated_at=s.rotated_at, rounds=s.rounds,
                     compactor=s.compactor, ids=None if s.ids is None else list(s.ids),
-                    layers=len(s.layers),
+                    codec=s.codec or EXACT, layers=len(s.layers),
                 )
                 for s in spans
             ],
@@ -215,18 +231,20 @@ class Portable:
             ],
             extra=dict(self.checkpoint.extra),
         )  # fmt: skip
-        yield KIND + VERSION
-        yield from _frame(header.model_dump_json().encode(), _JSON)
+        exact = not any(s.coded for s in spans)
+        yield KIND + (EXACTLY if exact else CODED)
+        told = header.model_dump_json(exclude_defaults=exact)
+        yield from _frame(told.encode(), _JSON)
         for turn in self.turns:
             created = (turn.created or datetime.now(UTC)).isoformat()
-            told = _Turn(
+            said = _Turn(
                 role=turn.role, text=turn.text, tokens=list(turn.tokens), created=created,
                 usage=dict(turn.usage),
             )  # fmt: skip
-            yield from _frame(told.model_dump_json().encode(), _JSON)
+            yield from _frame(said.model_dump_json().encode(), _JSON)
         for span in spans:
-            for slots in span.layers:
-                yield from _frame(encode(slots), _LAYER)
+            for data in span.coded or map(encode, span.layers):
+                yield from _frame(data, _LAYER)
 
     @classmethod
     def _read(cls, frames: _Frames) -> Self:
@@ -242,25 +260,48 @@ class Portable:
                 raise ValueError("memory is compact, and nothing else is")
             checkpoint = Checkpoint(entries, header.tokens, header.extra)
         except (ValueError, IndexError, OverflowError, MemoryError) as error:
-            raise DamageError(
-                f"{frames.path!r} is damaged: {_first_line(error)}. Nothing was taken from it; "
-                "export the session again"
-            ) from None
+            raise _damaged(frames.path, error) from None
         return cls(header.name, header.model, header.settings, checkpoint, turns)
+
+
+class _Readable(Protocol):
+    def read(self, count: int, /) -> bytes: ...
+
+
+def _opened(file: BinaryIO, path: str, key: Key | None) -> tuple[_Readable, int]:
+    """What an export says and how long that is, sealed or not."""
+    if file.read(len(SEALED)) != SEALED:
+        file.seek(0)
+        return file, os.fstat(file.fileno()).st_size
+    if (secret := user_key(key)) is None:
+        raise EncryptionError(
+            f"{path!r} is sealed: put its key into {KEY_VARIABLE}, or give it as key="
+        )
+    try:
+        reader = SealedReader(file, secret, path)
+    except ValueError as error:
+        raise _damaged(path, error) from None
+    return reader, reader.size
+
+
+def _damaged(path: str, error: Exception) -> DamageError:
+    return DamageError(
+        f"{path!r} is damaged: {_first_line(error)}. Nothing was taken from it; export the session "
+        "again"
+    )
 
 
 class _Frames:
     """The frames of a file, none larger than what is left of it."""
 
-    def __init__(self, file: BinaryIO, path: str) -> None:
+    def __init__(self, file: _Readable, size: int, path: str) -> None:
         self.path = path
         self._file, self._seen = file, hashlib.sha256()
-        self._left = os.fstat(file.fileno()).st_size
-        kind = file.read(len(KIND))
-        version = file.read(len(VERSION))
+        self._left = size
+        kind, version = file.read(len(KIND)), file.read(len(EXACTLY))
         if kind != KIND:
             raise InputError(f"{path!r} is not an exported session; name a file of an export")
-        if version != VERSION:
+        if version not in (EXACTLY, CODED):
             raise StoreError(
                 f"{path!r} was written by another version of still-agent; upgrade still-agent, or "
                 "export the session again"
@@ -277,8 +318,15 @@ class _Frames:
     def end(self) -> None:
         if self._left:
             raise ValueError(f"{self._left} bytes too many")
-        if self._file.read(_DIGEST + 1) != self._seen.digest():
+        if self._rest(_DIGEST + 1) != self._seen.digest():
             raise ValueError("its bytes do not match their digest")
+
+    def _rest(self, limit: int) -> bytes:
+        """What is left, of at most so many bytes; a sealed file gives a piece at once."""
+        data = bytearray()
+        while len(data) < limit and (piece := self._file.read(limit - len(data))):
+            data += piece
+        return bytes(data)
 
     def _take(self, count: int) -> bytes:
         if count > self._left:
@@ -316,9 +364,14 @@ def _new_turn(data: bytes) -> NewTurn:
 
 def _span(told: _Span, frames: _Frames) -> Span:
     what = f"a layer in {frames.path!r}"
-    layers = tuple(decode(frames.next(_LAYER), what) for _ in range(told.layers))
+    codec = check_codec(told.codec)
+    coded = tuple(frames.next(_LAYER) for _ in range(told.layers))
+    layers = tuple(decode(data, what, codec=codec) for data in coded)
     ids = None if told.ids is None else tuple(told.ids)
-    span = Span(told.start, told.end, layers, told.rotated_at, told.rounds, told.compactor, ids)
+    span = Span(
+        told.start, told.end, layers, told.rotated_at, told.rounds, told.compactor, ids, codec,
+        () if codec == EXACT else coded,
+    )  # fmt: skip
     if why := fault(span):
         raise ValueError(why)
     for slots in layers:

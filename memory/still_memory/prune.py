@@ -20,6 +20,7 @@ from still_memory import checkpoints_table, drafts_table, ledger, words
 from still_memory.database import StoreFile
 from still_memory.retention import Drop, Retention, plan
 from still_memory.tenants import label
+from still_memory.vault import Vault
 
 BATCH = 1 << 20  # bytes of spans deleted in one transaction, or one span
 TURNS = 32  # turns deleted in one transaction
@@ -44,7 +45,9 @@ class Pruned:
         return [label(drop.tenant, drop.session) for drop in self.drops if drop.whole]
 
 
-def prune(file: StoreFile, retention: Retention, dry_run: bool, tenant: int | None) -> Pruned:
+def prune(
+    file: StoreFile, vault: Vault, retention: Retention, dry_run: bool, tenant: int | None
+) -> Pruned:
     """Take out what `retention` does not let stay, of a tenant or of all, and give its room back.
 
     What nothing holds any more is collected whose ever it was.
@@ -52,14 +55,14 @@ def prune(file: StoreFile, retention: Retention, dry_run: bool, tenant: int | No
     before = _size(file)
     if dry_run:
         with file.reading() as conn:
-            drops = plan(conn, retention, datetime.now(UTC), tenant)
+            drops = plan(conn, vault, retention, datetime.now(UTC), tenant)
         expected = max(0, before - sum(drop.bytes for drop in drops))
         return Pruned(drops, before, expected, True)
     done: list[Drop] = []
     size, limits = before, retention
     while True:
         with file.reading() as conn:
-            drops = plan(conn, limits, datetime.now(UTC), tenant, SLACK)
+            drops = plan(conn, vault, limits, datetime.now(UTC), tenant, SLACK)
         done += [drop for drop in drops if _drop(file, drop)]
         _collect_spans(file)
         if _collect_turns(file):

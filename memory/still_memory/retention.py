@@ -16,6 +16,7 @@ from itertools import groupby
 from typing import Literal
 
 from still_memory.errors import InputError
+from still_memory.vault import Vault
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class Drop:
 
 def plan(
     conn: sqlite3.Connection,
+    vault: Vault,
     retention: Retention,
     now: datetime,
     tenant: int | None = None,
@@ -69,7 +71,7 @@ def plan(
     tenant: whose sessions may go, or None for everyone's.
     slack: how much more than its rows' bytes a drop is taken to free, against `max_bytes`.
     """
-    gone = _Gone(conn)
+    gone = _Gone(conn, vault)
     drops: list[Drop] = []
     if retention.keep_checkpoints is not None:
         for row, older in _older(conn, tenant, retention.keep_checkpoints):
@@ -138,8 +140,8 @@ def _used(conn: sqlite3.Connection) -> int:
 class _Gone:
     """What is dropped so far, so that what it shared is free when its last holder goes."""
 
-    def __init__(self, conn: sqlite3.Connection) -> None:
-        self._conn = conn
+    def __init__(self, conn: sqlite3.Connection, vault: Vault) -> None:
+        self._conn, self._vault = conn, vault
         self._checkpoints: set[int] = set()
         self._sessions: set[int] = set()
         self._spans: Counter[int] = Counter()  # references that are dropped
@@ -152,7 +154,8 @@ class _Gone:
         why: Literal["checkpoints", "age", "size"],
     ) -> Drop:
         """The checkpoints `some` of a session, or all of them and the session; counted once."""
-        identity, name, updated, tenant = session
+        identity, stored, updated, owner = session
+        tenant, name = self._vault.names(owner, stored)
         rows = self._conn.execute(
             "select id, generation, turn, length(cast(entries as blob))"
             " + length(cast(extra as blob)) from checkpoints where session = ? order by generation",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import sqlite3
 from dataclasses import dataclass
 
+from still_memory.vault import Vault
+
 
 @dataclass(frozen=True)
 class SessionSpace:
@@ -56,7 +58,9 @@ _HELD = (
 _CHECKPOINT = "length(cast(entries as blob)) + length(cast(extra as blob)) + length(digest)"
 
 
-def measure(conn: sqlite3.Connection, log_bytes: int, tenant: int | None = None) -> Space:
+def measure(
+    conn: sqlite3.Connection, vault: Vault, log_bytes: int, tenant: int | None = None
+) -> Space:
     """What takes the space, in one moment of the store. Reads the length of every text.
 
     tenant: whose sessions, or None for everyone's.
@@ -87,7 +91,7 @@ def measure(conn: sqlite3.Connection, log_bytes: int, tenant: int | None = None)
     (index,) = ask("select coalesce(sum(length(block)), 0) from turn_words_data")
     known = span_bytes + turn_bytes + checkpoint_bytes + index
     return Space(
-        sessions=_by_session(conn, tenant),
+        sessions=_by_session(conn, vault, tenant),
         spans=spans,
         shared_spans=shared,
         turns=turns,
@@ -105,7 +109,7 @@ def measure(conn: sqlite3.Connection, log_bytes: int, tenant: int | None = None)
     )
 
 
-def _by_session(conn: sqlite3.Connection, tenant: int | None) -> list[SessionSpace]:
+def _by_session(conn: sqlite3.Connection, vault: Vault, tenant: int | None) -> list[SessionSpace]:
     held: dict[int, tuple[int, int]] = {
         session: (size, shared)
         for session, size, shared in conn.execute(
@@ -127,14 +131,16 @@ def _by_session(conn: sqlite3.Connection, tenant: int | None) -> list[SessionSpa
         )
     }
     rows = conn.execute(
-        "select s.id, n.name, coalesce('draft of ' || o.name, s.name), count(c.id)"
+        "select s.id, n.name, coalesce(o.name, s.name), o.id, count(c.id)"
         " from sessions s join tenants n on n.id = s.tenant"
         " left join sessions o on o.id = s.draft_of left join checkpoints c"
         " on c.session = s.id where ?1 is null or s.tenant = ?1 group by s.id",
         (tenant,),
     ).fetchall()
     found = []
-    for session, whose, name, checkpoints in rows:
+    for session, owner, stored, draft_of, checkpoints in rows:
+        whose, name = vault.names(owner, stored)
+        name = name if draft_of is None else f"draft of {name}"
         turns, text = said.get(session, (0, 0))
         spans = held.get(session, (0, 0))
         found.append(SessionSpace(whose, name, turns, checkpoints, *spans, text))

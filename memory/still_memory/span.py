@@ -52,6 +52,8 @@ class Span:
     rounds: int = 0  # compactions behind the oldest token in it; 0 is raw
     compactor: str | None = None  # address of the compactor that wrote it
     ids: tuple[int, ...] | None = None  # raw: the tokens themselves, where they are known
+    codec: str | None = None  # that its numbers are settled in (see `codec`); None: not yet
+    coded: tuple[bytes, ...] = ()  # where that has rounded them, the bytes of each layer
 
     def __len__(self) -> int:
         """Positions that its slots take where they are placed: those of the largest layer."""
@@ -72,7 +74,8 @@ class Span:
 
     @property
     def nbytes(self) -> int:
-        return sum(t.nbytes for s in self.layers for t in s.tensors().values())
+        tensors = (t for s in self.layers for t in s.tensors().values())
+        return sum(t.nbytes for t in tensors) + sum(map(len, self.coded))
 
     def cut(self, low: int, high: int) -> Span:
         """Tokens `[low, high)` of a raw span, as views."""
@@ -86,6 +89,8 @@ class Span:
             layers=tuple(s.cut(a, b) for s in self.layers),
             rotated_at=None if self.rotated_at is None else self.rotated_at + a,
             ids=None if self.ids is None else self.ids[a:b],
+            codec=None,
+            coded=(),
         )
 
     def __str__(self) -> str:

@@ -10,16 +10,17 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from weakref import WeakKeyDictionary
 
 import torch
 
-from still_memory.codec import EXACT, decode, encode
+from still_memory.codec import CODECS, EXACT, decode, encode, settled
+from still_memory.digests import digest
 from still_memory.errors import DamageError, InputError, StoreError
-from still_memory.ledger import digest
 from still_memory.records import pack_ids, unpack_ids
 from still_memory.span import Slots, Span
+from still_memory.vault import Vault
 
 MAX_LAYERS = 1024
 
@@ -33,22 +34,26 @@ class Packed:
     """A span as it is written. Without layers it is one the store should hold already."""
 
     address: str
+    codec: str
     layers: tuple[bytes, ...] | None
     digests: tuple[bytes, ...]
 
 
 class SpansTable:
-    """The spans of one store, whose random key makes its addresses."""
+    """The spans of one tenant, whose key makes their addresses.
 
-    def __init__(self, key: bytes) -> None:
-        self._key = key
+    codec: what spans are written in that were not settled when they were made.
+    """
+
+    def __init__(self, vault: Vault, codec: str = EXACT) -> None:
+        self._vault, self._codec = vault, codec
         self._known: WeakKeyDictionary[Span, tuple[str, str]] = WeakKeyDictionary()
 
     def pack(self, span: Span, model: str) -> Packed:
         """The span as bytes, unless this process knows its address. Touches no file."""
         known = self._known.get(span)
         if known is not None and known[0] == model:
-            return Packed(known[1], None, ())
+            return Packed(known[1], "", None, ())
         return self._encode(span, model)
 
     def put(
@@ -66,17 +71,23 @@ class SpansTable:
         if packed.layers is None:  # known here, and collected since
             packed = self._encode(span, model)
         assert packed.layers is not None
-        meta = _meta(span)
-        size = sum(map(len, packed.layers)) + len(meta[-1] or b"")
-        content = (model_id, *meta, EXACT, len(packed.layers), size)
+        if row is not None and self._as_written(conn, row[0], packed, model, model_id):
+            return row[0], row[1], 0
+        address, codec = packed.address, packed.codec
+        *known, ids = _meta(span)
+        stored_ids = None if ids is None else self._vault.seal(ids, address, "ids")
+        layers = [
+            self._vault.seal(data, address, layer, codec)
+            for layer, data in enumerate(packed.layers)
+        ]
+        size = sum(map(len, layers)) + len(stored_ids or b"")
+        content = (model_id, *known, stored_ids, codec, len(layers), size)
         if row is None:
             (identity,) = conn.execute(
                 'insert into spans (address, model, start, "end", rotated_at, rounds, compactor,'
                 " ids, codec, layers, bytes) values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) returning id",
                 (packed.address, *content),
             ).fetchone()
-        elif _as_written(conn, row[0], content, packed):
-            return row[0], size, 0
         else:
             identity = row[0]
             conn.execute(
@@ -89,9 +100,7 @@ class SpansTable:
             "insert into span_layers (span, layer, digest, data) values (?, ?, ?, ?)",
             (
                 (identity, layer, mark, data)
-                for layer, (mark, data) in enumerate(
-                    zip(packed.digests, packed.layers, strict=True)
-                )
+                for layer, (mark, data) in enumerate(zip(packed.digests, layers, strict=True))
             ),
         )
         return identity, size, size
@@ -109,9 +118,13 @@ class SpansTable:
     ) -> Span:
         """The span at `address`, every byte of it checked before it is used."""
         try:
-            meta, stored = self._described(conn, address, model)
-            slots = tuple(self._layer(conn, address, row, device) for row in stored)
-            span = _span(meta, slots)
+            meta, codec, stored = self._described(conn, address, model)
+            slots, coded = [], []
+            for row in stored:
+                data = self._data(conn, address, codec, row)
+                slots.append(_slots(data, address, row, codec, device))
+                coded += [] if codec == EXACT else [data]
+            span = replace(_span(meta, tuple(slots)), codec=codec, coded=tuple(coded))
         except ValueError as error:
             raise _damaged(address, str(error)) from None
         self._known[span] = model, address
@@ -122,20 +135,21 @@ class SpansTable:
     ) -> Iterator[tuple[int | None, str]]:
         """What is wrong with the span at `address`, and in which layer; one in memory at once."""
         try:
-            meta, stored = self._described(conn, address, model)
+            meta, codec, stored = self._described(conn, address, model)
         except ValueError as error:
             yield None, str(error)
             return
         for row in stored:
             try:
-                _span(meta, (self._layer(conn, address, row, "cpu"),))
+                data = self._data(conn, address, codec, row)
+                _span(meta, (_slots(data, address, row, codec, "cpu"),))
             except (ValueError, DamageError) as error:
                 yield row[1], str(error)
 
     def _described(
         self, conn: sqlite3.Connection, address: str, model: str
-    ) -> tuple[_Meta, list[_Stored]]:
-        """A span without its tensors, and where these are. ValueError if it is damaged."""
+    ) -> tuple[_Meta, str, list[_Stored]]:
+        """A span without its tensors, its codec, where these are. ValueError if it is damaged."""
         row = conn.execute(
             'select id, codec, layers, bytes, start, "end", rotated_at, rounds, compactor, ids'
             " from spans where address = ?",
@@ -143,10 +157,12 @@ class SpansTable:
         ).fetchone()
         if row is None:
             raise ValueError("it is missing")
-        identity, codec, layers, size, *rest = row
-        if codec != EXACT:
+        identity, codec, layers, size, *rest, ids = row
+        if codec not in CODECS:
             raise StoreError(f"span {address[:12]} has codec {codec!r}; upgrade still-agent")
-        meta: _Meta = tuple(rest)
+        meta: _Meta = (
+            *rest, None if ids is None else self._vault.open(ids, address, "ids")
+        )  # fmt: skip
         stored = conn.execute(
             "select id, layer, digest, length(data) from span_layers where span = ?"
             " order by layer limit ?",
@@ -157,61 +173,66 @@ class SpansTable:
         if not whole or not 0 < len(numbers) <= MAX_LAYERS:
             raise ValueError("its layers are not all there")
         # a damaged row may hold values of any type: what is no digest is none of these
-        if self._address(model, meta, [r[2] for r in stored]) != address:
+        if self._address(model, meta, codec, [r[2] for r in stored]) != address:
             raise ValueError("its description is not what was written")
-        if sum(r[3] or 0 for r in stored) + len(meta[-1] or b"") != size:
+        if sum(r[3] or 0 for r in stored) + len(ids or b"") != size:
             raise ValueError("its size is not what was written")
-        return meta, stored
+        return meta, codec, stored
 
-    def _layer(
-        self, conn: sqlite3.Connection, address: str, row: _Stored, device: torch.device | str
-    ) -> Slots:
-        """One layer's slots. ValueError if its bytes are not those that were written."""
+    def _as_written(
+        self, conn: sqlite3.Connection, row: int, packed: Packed, model: str, model_id: int
+    ) -> bool:
+        """Whether a span's rows are what they would be if it were written now.
+
+        Its address is, and so what it is; but for the model's row, which another damage may name.
+        """
+        assert packed.layers is not None
+        try:
+            (named,) = conn.execute("select model from spans where id = ?", (row,)).fetchone()
+            _, codec, stored = self._described(conn, packed.address, model)
+            return named == model_id and all(
+                self._data(conn, packed.address, codec, there) == data
+                for there, data in zip(stored, packed.layers, strict=True)
+            )
+        except (ValueError, StoreError):
+            return False
+
+    def _data(self, conn: sqlite3.Connection, address: str, codec: str, row: _Stored) -> bytes:
+        """One layer's bytes. ValueError if they are not those that were written."""
         identity, layer, mark, _ = row
         query = "select data from span_layers where id = ?"
         found = conn.execute(query, (identity,)).fetchone()
-        if found is None or self._layer_digest(found[0]) != mark:  # an index may name a lost row
+        if found is None:  # an index may name a lost row
             raise ValueError(f"layer {layer} does not match its digest")
-        return decode(found[0], f"layer {layer} of span {address[:12]}", device)
+        data = self._vault.open(found[0], address, layer, codec)
+        if self._layer_digest(data) != mark:
+            raise ValueError(f"layer {layer} does not match its digest")
+        return data
 
     def _encode(self, span: Span, model: str) -> Packed:
         if why := fault(span):
             raise InputError(f"{span} cannot be stored: {why}")
-        layers = tuple(encode(slots) for slots in span.layers)
+        if span.codec is None:
+            span = settled(span, self._codec)
+        assert span.codec is not None
+        layers = span.coded or tuple(encode(slots) for slots in span.layers)
         digests = tuple(map(self._layer_digest, layers))
-        return Packed(self._address(model, _meta(span), digests), layers, digests)
+        address = self._address(model, _meta(span), span.codec, digests)
+        return Packed(address, span.codec, layers, digests)
 
     def _layer_digest(self, data: bytes) -> bytes:
-        return digest(self._key, b"still layer", data)
+        return digest(self._vault.key, b"still layer", data)
 
-    def _address(self, model: str, meta: _Meta, digests: Iterable[bytes]) -> str:
+    def _address(self, model: str, meta: _Meta, codec: str, digests: Iterable[bytes]) -> str:
         *known, ids = meta
         told = [] if ids is None else [ids]  # spans of before m002 have none
-        return digest(self._key, b"still span", model, *known, *told, EXACT, *digests).hex()
+        return digest(self._vault.key, b"still span", model, *known, *told, codec, *digests).hex()
 
 
-def _as_written(
-    conn: sqlite3.Connection, span: int, content: tuple[object, ...], packed: Packed
-) -> bool:
-    """Whether a span's rows are what they would be if it were written now."""
-    assert packed.layers is not None
-    described = conn.execute(
-        'select model, start, "end", rotated_at, rounds, compactor, ids, codec, layers, bytes'
-        " from spans where id = ?",
-        (span,),
-    ).fetchone()
-    listed = conn.execute(
-        "select layer, digest, length(data) from span_layers where span = ? order by layer limit ?",
-        (span, MAX_LAYERS + 1),
-    ).fetchall()
-    expected = zip(packed.digests, packed.layers, strict=True)
-    if described != content or listed != [(n, d, len(b)) for n, (d, b) in enumerate(expected)]:
-        return False
-    query = "select data from span_layers where span = ? and layer = ?"
-    return all(
-        conn.execute(query, (span, layer)).fetchone()[0] == data
-        for layer, data in enumerate(packed.layers)
-    )
+def _slots(
+    data: bytes, address: str, row: _Stored, codec: str, device: torch.device | str
+) -> Slots:
+    return decode(data, f"layer {row[1]} of span {address[:12]}", device, codec)
 
 
 def _meta(span: Span) -> _Meta:

@@ -15,6 +15,7 @@ import sqlite3
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -22,13 +23,25 @@ from typing import Any, Self
 import torch
 from pydantic import JsonValue
 
-from still_memory import checkpoints_table, drafts_table, erasure, ledger, taint, tenants, words
+from still_memory import (
+    checkpoints_table,
+    drafts_table,
+    erasure,
+    ledger,
+    taint,
+    tenants,
+    vault,
+    words,
+)
 from still_memory.checkpoint import Checkpoint
+from still_memory.codec import CODECS, EXACT, check_codec
 from still_memory.database import StoreFile, give_back_pages
 from still_memory.errors import (
     ConflictError,
     DamageError,
+    EncryptionError,
     InputError,
+    StoreError,
     TaintedError,
     UnknownSessionError,
     deleted,
@@ -50,6 +63,7 @@ from still_memory.space import Space, measure
 from still_memory.span import Span
 from still_memory.spans_table import Packed, SpansTable
 from still_memory.taint import Deleted, Forks, Taint
+from still_memory.vault import Key, user_key
 
 # A session and one of its checkpoints, as `_sealed` reads them.
 _STANDING = (
@@ -67,9 +81,15 @@ class MemoryStore:
     `synchronous`: with FULL, a turn is on disk when its commit returns. With NORMAL the disk is
     not waited for, so a power cut may take the newest turns (never a part of one, and never one
     that the end of a process alone would take); it is faster where syncs are slow.
-    `keep_checkpoints` newest checkpoints of each session are kept. `bytes_written` counts what
-    this object has put into rows: tensors, text, token ids, checkpoints. Every method may
-    raise StoreError.
+    `keep_checkpoints` newest checkpoints of each session are kept. `codec`, one of
+    `codec.CODECS`, is what new spans are written in from now on, by every later opening too; None
+    is the store's own, at first "exact". Spans that are there stay as they are.
+    `key`, 32 bytes, encrypts a store that is made here, and opens one that is encrypted; None is
+    the environment's STILL_AGENT_KEY, if that is set. A store stays what it was made as, and
+    EncryptionError tells of a key that does not fit.
+    `bytes_written` counts what this object has put into rows: tensors, text, token ids,
+    checkpoints. `secret` is the user's key, None in a plain store. Every method may raise
+    StoreError.
     """
 
     def __init__(
@@ -80,24 +100,36 @@ class MemoryStore:
         synchronous: str = "FULL",
         timeout: float = 30.0,
         keep_checkpoints: int = 2,
+        codec: str | None = None,
+        key: Key | None = None,
     ) -> None:
         if keep_checkpoints < 1:
             raise InputError("keep_checkpoints must be at least 1: the head is a checkpoint")
+        if codec is not None:
+            check_codec(codec)
         self.tenant = tenants.check_tenant(tenant)
-        self._file = StoreFile(path, synchronous, timeout)
+        secret = user_key(key)
+        founding = None if secret is None else partial(vault.found, key=secret)
+        self._file = StoreFile(path, synchronous, timeout, founding)
         self._keep = keep_checkpoints
         self.bytes_written = 0
         try:
             with self._file.reading() as conn:
-                row = conn.execute("select value from meta where name = 'key'").fetchone()
-            if row is None or type(row[0]) is not bytes or len(row[0]) != 32:
-                raise DamageError(f"the store {path} has lost its key; restore it from a copy")
+                whole = vault.unlocked(conn, secret, self.path)
+            self.codec = self._settle_codec(codec)
         except BaseException:
             self._file.close()
             raise
-        self._key = tenants.key_of(row[0], self.tenant)
-        self._spans = SpansTable(self._key)
+        self.secret = secret
+        self._vault = whole.of(self.tenant)
+        self._owner_name = whole.name(self.tenant, *vault.TENANTS)
+        self._spans = SpansTable(self._vault, self.codec)
         erasure.go_on(self._file)
+
+    @property
+    def encrypted(self) -> bool:
+        """Whether what was said is nowhere in the file as it was said."""
+        return self._vault.encrypted
 
     @property
     def path(self) -> Path:
@@ -115,8 +147,9 @@ class MemoryStore:
         """A new session with its first turns and state; ConflictError if the name is taken."""
         check_session_name(session)
         packed = self._pack(checkpoint, model)
-        text = to_json(dict(settings), "settings")
-        start = Head(session, 0, 0, 0, None, 0, 0, model, json.loads(text))
+        told = to_json(dict(settings), "settings")
+        start = Head(session, 0, 0, 0, None, 0, 0, model, json.loads(told))
+        text = self._vault.seal_text(told, "settings")
         with self._file.writing() as conn:
             head, written = self._begin(conn, start, text, checkpoint, packed, turns)
         self._committed(packed, model, written)
@@ -169,10 +202,10 @@ class MemoryStore:
             tenant = self._owner(conn)
             row = conn.execute(
                 f"{_STANDING} and c.generation = s.generation where s.tenant = ? and s.name = ?",
-                (tenant, session),
+                (tenant, self._stored(session)),
             ).fetchone()
             if row is None:
-                _require_absent(conn, tenant, session)
+                self._require_absent(conn, tenant, session)
                 return None
             head = self._sealed(conn, session, row)
             query = "select max(generation) from checkpoints where session = ?"
@@ -196,7 +229,7 @@ class MemoryStore:
             with self._file.reading() as conn:
                 rows = conn.execute(
                     f"{_STANDING} where s.tenant = ? and s.name = ? order by c.generation desc",
-                    (self._owner(conn), session),
+                    (self._owner(conn), self._stored(session)),
                 ).fetchall()
                 for row in rows:
                     try:
@@ -249,11 +282,13 @@ class MemoryStore:
                 raise _moved_on(conn, tenant, head)
             settings, turn, mark, *content = row
             last_turn = ledger.turn_digest(conn, tenant, turn)
-            found = checkpoints_table.seal(self._key, head, last_turn, settings, tuple(content))
+            found = checkpoints_table.seal(
+                self._vault.key, head, last_turn, settings, tuple(content)
+            )
             if turn != head.turn or found != mark:
                 raise _damaged(head.session, "its checkpoint does not match its digest")
-            entries, extra = content[2:]
             try:
+                entries, extra = checkpoints_table.open_state(self._vault, head, *content[2:])
                 spans = {
                     address: self._spans.get(conn, address, head.model.address, device)
                     for address in checkpoints_table.addresses_in(entries)
@@ -267,23 +302,26 @@ class MemoryStore:
         head = session if isinstance(session, Head) else self._existing(session)
         with self._file.reading() as conn:
             self._require_turn(conn, head)
-            return ledger.read(conn, self._key, head.turn)
+            return ledger.read(conn, self._vault, head.turn)
 
     def search(self, head: Head, query: str, limit: int = 20) -> list[Match]:
         """The newest turns on the way to `head` that hold every word of `query`.
 
         Case and accents do not count. InputError for a query without a word. In a file of several
-        tenants it takes time in proportion to the session's text, and to nothing of the others'.
+        tenants it takes time in proportion to the session's text, and to nothing of the others'; so
+        it does in an encrypted one, which has no index.
         """
         with self._file.reading() as conn:
             self._require_turn(conn, head)
-            if tenants.several(conn):  # an index that all share tells how often others say a word
-                found = words.find_among(ledger.texts(conn, head.turn), query, limit)
+            # an index that all share tells how often others say a word
+            if self.encrypted or tenants.several(conn):
+                told = ledger.texts(conn, self._vault, head.turn)
+                found = words.find_among(told, query, limit)
             else:
                 found = words.find(conn, query, sorted(ledger.way(conn, head.turn)), limit)
             matches = []
             for number, turn, excerpt in found:
-                record = ledger.read_one(conn, self._key, turn, number)
+                record = ledger.read_one(conn, self._vault, turn, number)
                 matches.append(Match(number, record.role, record.created, excerpt))
         return matches
 
@@ -298,12 +336,12 @@ class MemoryStore:
                 " order by s.updated desc, s.id desc",
                 (self._owner(conn),),
             ).fetchall()
-        return [
-            SessionInfo(
-                name, turns, tokens, slots, size, _time(created, name), _time(updated, name), model
-            )
-            for name, turns, tokens, slots, size, created, updated, model in rows
-        ]
+        found = []
+        for stored, turns, tokens, slots, size, created, updated, model in rows:
+            _, name = self._vault.names(self._owner_name, stored)
+            times = _time(created, name), _time(updated, name)
+            found.append(SessionInfo(name, turns, tokens, slots, size, *times, model))
+        return found
 
     def draft(self, head: Head) -> Head | None:
         """How far the state has come that is to take this session's place, if one is on its way."""
@@ -327,7 +365,7 @@ class MemoryStore:
         if made.session_id != head.session_id:
             return self.commit(made, checkpoint, turns)
         packed = self._pack(checkpoint, made.model)
-        settings = to_json(made.settings, "settings")
+        settings = self._vault.seal_text(to_json(made.settings, "settings"), "settings")
         name = drafts_table.name_of(head.session_id)
         with self._file.writing() as conn:
             tenant = self._owner(conn)
@@ -383,7 +421,8 @@ class MemoryStore:
         Also sessions that have copies of them, by an import or a rebuild. Reads their turns.
         """
         with self._file.reading() as conn:
-            return taint.trace(conn, self._key, self._owner(conn), turns)[1]
+            tenant = self._owner(conn)
+            return taint.trace(conn, self._vault, tenant, turns, quoting=True)[1]
 
     def forget(self, turns: Collection[int], made: Sequence[tuple[Head, Head]]) -> list[Head]:
         """Take the turns with these ids out of the store, with all that was computed after them.
@@ -398,7 +437,7 @@ class MemoryStore:
         """
         now = _now()
         with self._file.overwriting() as conn:
-            rows, found = taint.trace(conn, None, self._owner(conn), turns)
+            rows, found = taint.trace(conn, self._vault, self._owner(conn), turns)
             taint.require_same(found, [head for head, _ in made])
             heads = [self._replace(conn, head, draft, now) for head, draft in made]
             taint.drop_states(conn, rows)
@@ -419,17 +458,20 @@ class MemoryStore:
         taint.check_choice(forks, Forks, "forks")
         with self._file.overwriting() if erase else self._file.erasing() as conn:
             tenant = self._owner(conn)
-            query = "select id, name from sessions where tenant = ? and name = ?"
-            row = conn.execute(query, (tenant, session)).fetchone()
+            query = "select id from sessions where tenant = ? and name = ?"
+            row = conn.execute(query, (tenant, self._stored(session))).fetchone()
             if row is None:
                 raise _unknown(session)
             own = "select turn from checkpoints where session = ?"
-            turns = {t for (last,) in conn.execute(own, row[:1]) for t in ledger.way(conn, last)}
-            rows, held = taint.trace(conn, None, tenant, turns)
+            turns = {t for (last,) in conn.execute(own, row) for t in ledger.way(conn, last)}
+            rows, held = taint.trace(conn, self._vault, tenant, turns)
             shared = [t for t in held if t.session_id != row[0]]
             if shared and forks == "refuse":
                 raise TaintedError(taint.told_shared(session, shared), shared)
-            gone = [row, *((t.session_id, t.session) for t in shared if forks == "delete")]
+            gone = [
+                (row[0], session),
+                *((t.session_id, t.session) for t in shared if forks == "delete"),
+            ]
             for identity, _ in gone:
                 drafts_table.drop(conn, identity)
                 (newest,) = conn.execute(
@@ -465,6 +507,22 @@ class MemoryStore:
         with self._file.erasing() as conn:
             words.renew(conn)
 
+    def rekey(self, key: Key) -> None:
+        """Put the store under another user's key; the present one does not open it any more.
+
+        It still opens copies of the file that were made before. No row is written again.
+        EncryptionError for a store that is not encrypted, and for what is no key.
+        """
+        secret = user_key(key)
+        if self.secret is None or secret is None:
+            raise EncryptionError(
+                f"the store {self.path} is not encrypted: export its sessions and import them into "
+                "a new store that is"
+            )
+        with self._file.erasing() as conn:
+            vault.rewrap(conn, self.secret, secret, self.path)
+        self.secret = secret
+
     def prune(
         self, retention: Retention, *, dry_run: bool = False, all_tenants: bool = False
     ) -> Pruned:
@@ -480,7 +538,7 @@ class MemoryStore:
         """
         with self._file.reading() as conn:
             tenant = None if all_tenants else self._owner(conn)
-        return prune(self._file, retention, dry_run, tenant)
+        return prune(self._file, self._vault, retention, dry_run, tenant)
 
     def space(self, *, all_tenants: bool = False) -> Space:
         """What takes the space, by kind and by session. Reads the length of every text.
@@ -489,7 +547,7 @@ class MemoryStore:
         """
         with self._file.reading() as conn:
             tenant = None if all_tenants else self._owner(conn)
-            return measure(conn, self._log_bytes(), tenant)
+            return measure(conn, self._vault, self._log_bytes(), tenant)
 
     def stats(self) -> StoreStats:
         """How large the file is, and how much of what the tenant has in it."""
@@ -540,15 +598,33 @@ class MemoryStore:
         last_turn = ledger.turn_digest(conn, self._owner(conn), turn)
         try:
             model = ModelIdentity.model_validate_json(made_by)
-            known: dict[str, JsonValue] = json.loads(settings)
+            told = self._vault.open_text(settings, "settings")
+            known: dict[str, JsonValue] = json.loads(told)
         except (ValueError, TypeError):  # a damaged row may hold values of any type
             raise _damaged(session, "its description cannot be read") from None
         head = Head(session, identity, generation, checkpoint, turn, turns, tokens, model, known)
         content = slots, size, entries, extra
-        found = checkpoints_table.seal(self._key, head, last_turn, settings, content)
+        found = checkpoints_table.seal(self._vault.key, head, last_turn, settings, content)
         if found != mark or model.address != address:
             raise _damaged(session, "its newest checkpoint does not match its digest")
         return head
+
+    def _settle_codec(self, chosen: str | None) -> str:
+        """The codec of new spans; the choice is kept in the file."""
+        query = "select value from meta where name = 'codec'"
+        with self._file.reading() as conn:
+            row = conn.execute(query).fetchone()
+        known = EXACT if row is None else bytes(row[0]).decode("utf-8", "replace")
+        if chosen not in (None, known):
+            known = chosen
+            with self._file.writing() as conn:
+                conn.execute("insert or replace into meta values ('codec', ?)", [known.encode()])
+        if known not in CODECS:
+            raise StoreError(
+                f"the store {self.path} writes new spans in {known[:20]!r}, which this version "
+                "does not know: upgrade still-agent, or choose a codec"
+            )
+        return known
 
     def _log_bytes(self) -> int:
         log = self.path.with_name(self.path.name + "-wal")
@@ -567,9 +643,9 @@ class MemoryStore:
         turns: Sequence[NewTurn],
     ) -> tuple[Head, int]:
         """The rows of a new session that begins at the turn of `start`."""
-        name, tenant = start.session, tenants.enter(conn, self.tenant)
+        name, tenant = start.session, tenants.enter(conn, self._owner_name)
         query = "select 1 from sessions where tenant = ? and name = ?"
-        if conn.execute(query, (tenant, name)).fetchone():
+        if conn.execute(query, (tenant, self._stored(name))).fetchone():
             raise ConflictError(
                 f"session {name!r} exists already: choose another name, or resume it"
             )
@@ -577,7 +653,7 @@ class MemoryStore:
         (identity,) = conn.execute(
             "insert into sessions (tenant, name, generation, model, created, updated, settings)"
             " values (?, ?, 1, ?, ?, ?, ?) returning id",
-            (tenant, name, self._model_id(conn, start.model), now, now, settings),
+            (tenant, self._stored(name), self._model_id(conn, start.model), now, now, settings),
         ).fetchone()
         start = replace(start, session_id=identity)
         head, written = self._advance(conn, start, settings, checkpoint, packed, turns, now)
@@ -595,7 +671,7 @@ class MemoryStore:
     ) -> tuple[Head, int]:
         """The rows of the next generation: the head that they make, and their bytes."""
         tenant = self._owner(conn)
-        turn, last_turn, written = ledger.append(conn, self._key, tenant, head.turn, turns, now)
+        turn, last_turn, written = ledger.append(conn, self._vault, tenant, head.turn, turns, now)
         model_id = self._model_id(conn, head.model)
         held: dict[int, int] = {}
         for span, pack in packed.items():
@@ -605,7 +681,6 @@ class MemoryStore:
         addresses = {span: pack.address for span, pack in packed.items()}
         entries = checkpoints_table.dump_entries(checkpoint, addresses)
         extra = to_json(dict(checkpoint.extra), "a checkpoint's extra state")
-        content = checkpoint.slots, sum(held.values()), entries, extra
         new_head = replace(
             head,
             generation=head.generation + 1,
@@ -613,7 +688,9 @@ class MemoryStore:
             turns=head.turns + len(turns),
             tokens=checkpoint.length,
         )
-        mark = checkpoints_table.seal(self._key, new_head, last_turn, settings, content)
+        stored = checkpoints_table.seal_state(self._vault, new_head, entries, extra)
+        content = checkpoint.slots, sum(held.values()), *stored
+        mark = checkpoints_table.seal(self._vault.key, new_head, last_turn, settings, content)
         identity = checkpoints_table.insert(conn, new_head, content, mark)
         conn.executemany(
             "insert into checkpoint_spans (checkpoint, span) values (?, ?)",
@@ -628,8 +705,8 @@ class MemoryStore:
         query = f"{_STANDING} and c.generation = s.generation where s.id = ?"
         row = conn.execute(query, (draft.session_id,)).fetchone()
         made = self._sealed(conn, draft.session, row)
-        slots, size, entries = row[9:12]
-        content = slots, size, entries, "{}"
+        slots, size, *stored = row[9:13]
+        entries, _ = checkpoints_table.open_state(self._vault, made, *stored)
         conn.execute(
             "update sessions set generation = ?, updated = ?, model = ? where id = ?",
             (head.generation + 1, now, self._model_id(conn, made.model), head.session_id),
@@ -642,8 +719,9 @@ class MemoryStore:
             tokens=made.tokens,
             model=made.model,
         )
+        content = slots, size, *checkpoints_table.seal_state(self._vault, new, entries, "{}")
         last_turn = ledger.turn_digest(conn, self._owner(conn), new.turn)
-        mark = checkpoints_table.seal(self._key, new, last_turn, settings, content)
+        mark = checkpoints_table.seal(self._vault.key, new, last_turn, settings, content)
         new = replace(new, checkpoint=checkpoints_table.insert(conn, new, content, mark))
         conn.execute(
             "insert into checkpoint_spans (checkpoint, span)"
@@ -678,10 +756,10 @@ class MemoryStore:
 
     def _owner(self, conn: sqlite3.Connection) -> int:
         """The tenant's row. Not kept: another process may make it, or a rollback undo it."""
-        return tenants.find(conn, self.tenant)
+        return tenants.find(conn, self._owner_name)
 
     def _settings(self, conn: sqlite3.Connection, head: Head) -> str:
-        """The session's settings as JSON, if it still stands at `head`'s generation."""
+        """The session's settings as they are stored, if it still stands at `head`'s generation."""
         tenant = self._owner(conn)
         query = "select settings from sessions where id = ? and generation = ? and tenant = ?"
         row = conn.execute(query, (head.session_id, head.generation, tenant)).fetchone()
@@ -697,21 +775,24 @@ class MemoryStore:
             self._settings(conn, head)
             raise ledger.missing(head.turn)
 
+    def _stored(self, session: str) -> str:
+        """A session's name as its row has it."""
+        return self._vault.name(session, *vault.sessions_of(self._owner_name))
+
+    def _require_absent(self, conn: sqlite3.Connection, tenant: int, session: str) -> None:
+        """DamageError for a session that is there, and that the index of names has lost.
+
+        Else a damaged byte would begin a conversation anew that has months behind it.
+        """
+        query = "select 1 from sessions not indexed where tenant = ? and name = ?"
+        if conn.execute(query, (tenant, self._stored(session))).fetchone() is not None:
+            raise _damaged(session, "the index of names has lost it")
+
     def _existing(self, session: str) -> Head:
         head = self.head(session)
         if head is None:
             raise _unknown(session)
         return head
-
-
-def _require_absent(conn: sqlite3.Connection, tenant: int, session: str) -> None:
-    """DamageError for a session that is there, and that the index of names has lost.
-
-    Else a damaged byte would begin a conversation anew that has months behind it.
-    """
-    query = "select 1 from sessions not indexed where tenant = ? and name = ?"
-    if conn.execute(query, (tenant, session)).fetchone() is not None:
-        raise _damaged(session, "the index of names has lost it")
 
 
 def _now() -> str:

@@ -16,6 +16,7 @@ from typing import Literal, get_args
 from still_memory import drafts_table, ledger
 from still_memory.errors import ConflictError, DamageError, InputError
 from still_memory.records import Head, TurnRecord, to_json
+from still_memory.vault import Vault
 
 Later = Literal["refuse", "keep", "forget"]
 Forks = Literal["refuse", "keep", "delete"]
@@ -54,16 +55,22 @@ class Deleted:
 
 
 def trace(
-    conn: sqlite3.Connection, key: bytes | None, tenant: int, turns: Collection[int]
+    conn: sqlite3.Connection,
+    vault: Vault,
+    tenant: int,
+    turns: Collection[int],
+    *,
+    quoting: bool = False,
 ) -> tuple[set[int], list[Taint]]:
     """The rows of a tenant's turns and of their copies, and what each session has of them.
 
-    With the tenant's key, the turns are read, and those that quote them found; DamageError if one
-    is damaged. Without, no text is read.
+    With `quoting` the turns are read, and those that quote them found; DamageError if one is
+    damaged. Without, no text is read but that of copies.
     """
-    rows = ledger.copies(conn, tenant, turns)
+    rows = ledger.copies(conn, vault, tenant, turns)
     held = conn.execute(
-        f"{_LED} select s.name, s.id, s.generation, c.turn from sessions s join checkpoints c"
+        f"{_LED} select n.name, s.name, s.id, s.generation, c.turn from sessions s"
+        " join tenants n on n.id = s.tenant join checkpoints c"
         " on c.session = s.id and c.generation ="
         " (select max(generation) from checkpoints where session = s.id)"
         " where s.tenant = ?2 and s.draft_of is null and c.turn in (select id from led)"
@@ -71,7 +78,8 @@ def trace(
         (_ids(rows), tenant),
     ).fetchall()
     found = []
-    for name, session, generation, last in held:
+    for owner, stored, session, generation, last in held:
+        _, name = vault.names(owner, stored)
         way = sorted(ledger.way(conn, last))  # a parent's id is the smaller one
         forgotten = tuple(n for n, turn in enumerate(way, 1) if turn in rows)
         if not forgotten:  # an index leads there that the rows do not bear out
@@ -79,9 +87,10 @@ def trace(
                 f"the turns of session {name!r} are damaged; restore the store from a copy"
             )
         later = tuple(n for n in range(forgotten[0] + 1, len(way) + 1) if way[n - 1] not in rows)
-        said = [] if key is None else ledger.read(conn, key, last)
-        quoting = quotes(said, forgotten, later)
-        found.append(Taint(name, session, generation, forgotten, later, quoting))
+        said = ledger.read(conn, vault, last) if quoting else []
+        found.append(
+            Taint(name, session, generation, forgotten, later, quotes(said, forgotten, later))
+        )
     return rows, found
 
 

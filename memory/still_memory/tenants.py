@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import sqlite3
 
+from still_memory.digests import digest
 from still_memory.errors import DamageError, InputError
-from still_memory.ledger import digest
 from still_memory.records import check_text
 
 MAX_TENANT_NAME = 512

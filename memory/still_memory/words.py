@@ -24,17 +24,28 @@ create virtual table turn_words using fts5 (
     tokenize = 'unicode61 remove_diacritics 2'
 )
 """
+REBUILD = "insert into turn_words (turn_words) values ('rebuild')"
 EXCERPT = 24  # words
 MOST_WORDS = 64  # of a search
 
 
+def kept(conn: sqlite3.Connection) -> bool:
+    """Whether this store has an index: one that is encrypted has none, for FTS5 cannot be."""
+    query = "select 1 from meta where name = 'sealed key'"
+    return conn.execute(query).fetchone() is None
+
+
 def add(conn: sqlite3.Connection, turn: int, text: str) -> None:
     """A turn was written."""
+    if not kept(conn):
+        return
     conn.execute("insert into turn_words (rowid, text) values (?, ?)", (turn, text))
 
 
 def remove(conn: sqlite3.Connection, turn: int, text: str) -> None:
     """A turn is gone; what it said may stay in the file until `erase`."""
+    if not kept(conn):
+        return
     conn.execute(
         "insert into turn_words (turn_words, rowid, text) values ('delete', ?, ?)", (turn, text)
     )
@@ -42,7 +53,9 @@ def remove(conn: sqlite3.Connection, turn: int, text: str) -> None:
 
 def erase(conn: sqlite3.Connection) -> None:
     """Leave no word but those of the turns that are there. Reads them all."""
-    conn.execute("insert into turn_words (turn_words) values ('rebuild')")
+    if not kept(conn):
+        return
+    conn.execute(REBUILD)
 
 
 def merge(conn: sqlite3.Connection, pages: int) -> bool:
@@ -50,6 +63,8 @@ def merge(conn: sqlite3.Connection, pages: int) -> bool:
 
     A negative number begins a merge of everything, which ends with no deleted word left.
     """
+    if not kept(conn):
+        return False
     before = conn.total_changes
     conn.execute("insert into turn_words (turn_words, rank) values ('merge', ?)", (pages,))
     return conn.total_changes - before >= 2  # FTS5's own sign
@@ -99,7 +114,7 @@ def find_among(
         conn.execute("create table turns (id integer primary key, text text)")
         conn.executemany("insert into turns values (?, ?)", turns)
         conn.execute(SCHEMA)
-        erase(conn)
+        conn.execute(REBUILD)
         way = [row[0] for row in conn.execute("select id from turns order by id")]
         return find(conn, query, way, limit)
 

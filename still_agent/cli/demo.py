@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from still_agent.cli.options import AsJson, Compactor, Horizon, Model, Schedule, Slots
+from still_agent.cli.options import AsJson, Codec, Compactor, Horizon, Model, Schedule, Slots
 
 if TYPE_CHECKING:
     from still_agent.evaluation.journey import Journey
@@ -42,6 +42,7 @@ def demo(
     horizon: Horizon = None,
     model: Model = "reference",
     compactor: Compactor = None,
+    codec: Codec = None,
     seed: Annotated[int, typer.Option(help="Another script.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder of the store, the plot, the log.")] = Path(
         "still-demo"
@@ -65,6 +66,7 @@ def demo(
             store=str(_fresh(out / f"conversation-{count}.db")),
             script=Script(facts=count, decoys=decoys, tokens=tokens, seed=seed),
             model=model, compactor=compactor, slots=slots, schedule=schedule, horizon=horizon,
+            codec=codec,
         )
         for count in counts
     ]  # fmt: skip

@@ -27,6 +27,9 @@ Horizon = Annotated[int | None, typer.Option(help="For append: the tokens planne
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, ...")]
 StorePath = Annotated[Path, typer.Option(envvar="STILL_STORE", help="The store's file.")]
+Codec = Annotated[
+    str | None, typer.Option(help="Of new memory: exact, int8, int4 (default: the store's).")
+]
 Tenant = Annotated[
     str, typer.Option(envvar="STILL_AGENT_TENANT", help="Whose sessions (default: of no name).")
 ]
@@ -46,6 +49,7 @@ class Parts:
     horizon: Horizon = None
     device: Device = None
     dtype: Dtype = None
+    codec: Codec = None
 
     def load(self, store: Path, **more: Any) -> Agent:
         """The agent. Raises what `Agent.load` raises; `more` goes to it."""
@@ -55,7 +59,7 @@ class Parts:
 
             return Agent.load(
                 self.model, store=store, compactor=self.compactor,
-                device=self.device, dtype=self.dtype,
+                device=self.device, dtype=self.dtype, codec=self.codec,
                 budget=Budget(slots=self.slots, schedule=self.schedule, horizon=self.horizon),
                 **more,
             )  # fmt: skip

@@ -207,13 +207,20 @@ def export_session(
     file: Path,
     store: StorePath = DEFAULT_STORE,
     tenant: Tenant = "",
+    plain: Annotated[
+        bool, typer.Option("--plain", help="Also out of an encrypted store: not sealed.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write a session as one new file, to be imported on another machine."""
+    """Write a session as one new file, to be imported on another machine.
+
+    Out of an encrypted store the file is sealed with the key in STILL_AGENT_KEY, which opens it
+    again.
+    """
     from still_memory.portable import Portable
 
     with closing(existing_store(store, tenant)) as memory:
-        Portable.of(memory, name).write(file)
+        Portable.of(memory, name).write(file, None if plain else memory.secret)
     if as_json:
         print_json({"exported": name, "file": str(file), "bytes": file.stat().st_size})
     else:

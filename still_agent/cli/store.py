@@ -52,6 +52,23 @@ def check(store: StorePath = DEFAULT_STORE, as_json: AsJson = False) -> None:
 
 
 @app.command()
+def rekey(store: StorePath = DEFAULT_STORE) -> None:
+    """Put an encrypted store under another key: STILL_AGENT_NEW_KEY, instead of STILL_AGENT_KEY.
+
+    No row is written again. The old key opens earlier copies of the file still.
+    """
+    import os
+
+    from still_memory.errors import EncryptionError
+
+    if not (key := os.environ.get("STILL_AGENT_NEW_KEY")):
+        raise EncryptionError("there is no new key: put it into STILL_AGENT_NEW_KEY")
+    with closing(existing_store(store)) as memory:
+        memory.rekey(key)
+    typer.echo(f"{store} opens with the new key alone")
+
+
+@app.command()
 def stats(store: StorePath = DEFAULT_STORE, as_json: AsJson = False) -> None:
     """Show what takes the space, by kind and by session."""
     from still_memory.tenants import label

@@ -30,7 +30,9 @@ class Exam:
             raise UnknownSessionError(f"there is no session {session!r} in this store")
         self._tokenizer = agent.model.tokenizer
         self._checkpoint = agent.store.load(head, device=agent.model.device)
-        self._state = RollingState(agent.model, agent.compactor, agent.budget)
+        self._state = RollingState(
+            agent.model, agent.compactor, agent.budget, codec=agent.store.codec
+        )
 
     def ask(self, question: str, *, max_tokens: int = LONGEST_REPLY) -> str:
         """The greedy reply."""

@@ -54,6 +54,7 @@ class Reading:
     slots: int = 1024
     schedule: ScheduleName = "rolling"
     horizon: int | None = None
+    codec: str | None = None  # of the store, if it is new
     session: str = "demo"
     compare: bool = False  # after opening, time the resume against reading the history again
 
@@ -163,7 +164,7 @@ def _agent(reading: Reading, on_compaction: Callable[[Compaction], None]) -> Age
     budget = Budget(slots=reading.slots, schedule=reading.schedule, horizon=reading.horizon)
     return Agent.load(
         reading.model, store=reading.store, budget=budget, compactor=reading.compactor,
-        on_compaction=on_compaction,
+        on_compaction=on_compaction, codec=reading.codec,
     )  # fmt: skip
 
 
@@ -185,7 +186,7 @@ def _read_again(agent: Agent, session: str) -> float:
 
     turns, tokenizer = agent.store.history(session), agent.model.tokenizer
     clock = time.perf_counter()
-    state = RollingState(agent.model, agent.compactor, agent.budget)
+    state = RollingState(agent.model, agent.compactor, agent.budget, codec=agent.store.codec)
     state.pin([*tokenizer.start, *turns[0].tokens])  # the system prompt
     for turn in turns[1:]:
         state.extend(turn.tokens)

@@ -97,9 +97,13 @@ def test_sampling_out_of_range_is_an_input_error(options: dict[str, object]) -> 
 
 def test_every_error_is_a_still_error() -> None:
     import still_agent
+    from still_memory import errors
 
-    raised = [getattr(still_agent, n) for n in still_agent.__all__ if n.endswith("Error")]
-    assert len(raised) == 9 and all(issubclass(e, StillError) for e in raised)
+    exported = {getattr(still_agent, n) for n in still_agent.__all__ if n.endswith("Error")}
+    defined = {
+        e for e in vars(errors).values() if isinstance(e, type) and e.__module__ == errors.__name__
+    }
+    assert exported == defined and all(issubclass(e, StillError) for e in exported)
 
 
 def test_importing_the_package_loads_no_torch() -> None:

@@ -17,6 +17,7 @@ from still_memory.codec import decode, encode
 from still_memory.errors import DamageError, InputError, StillError
 from still_memory.span import Slots
 
+ONE = ((1, 1, 1), (1, 1, 1), (1, 1))
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 
 
@@ -80,6 +81,12 @@ def test_views_of_one_storage_are_written_as_what_they_show() -> None:
     data = encode(slots)
     assert len(data) < 48 * 4 + 300
     assert equal(decode(data, "it"), slots)
+
+
+def test_a_single_number_of_any_stride_is_written() -> None:
+    one = torch.ones(64).as_strided((1, 1, 1), (64, 32, 32))
+    slots = Slots(one, one, one[0])
+    assert equal(decode(encode(slots), "it"), Slots(*(torch.ones(s) for s in ONE)))
 
 
 def test_what_is_read_can_be_used_without_a_warning() -> None:

@@ -144,7 +144,7 @@ def test_a_file_of_another_kind_is_refused(tmp_path: Path, file: Path) -> None:
         other.write_bytes(content)
         with pytest.raises(InputError, match="not an exported session"):
             Portable.read(other)
-    other.write_bytes(file.read_bytes().replace(b"session 1\n", b"session 2\n"))
+    other.write_bytes(file.read_bytes().replace(b"session 1\n", b"session 9\n"))
     with pytest.raises(StoreError, match="another version"):
         Portable.read(other)
     os.mkfifo(tmp_path / "pipe")

@@ -147,10 +147,10 @@ def test_many_processes_may_make_one_store(
 ) -> None:
     def work() -> str:
         with MemoryStore(path) as store:
-            return store._key.hex()
+            return store._vault.key.hex()
 
     keys = {wait() for wait in [in_child(work) for _ in range(6)]}
-    assert len(keys) == 1 and open_store()._key.hex() in keys
+    assert len(keys) == 1 and open_store()._vault.key.hex() in keys
 
 
 def test_an_open_store_may_be_used_on_both_sides_of_a_fork(

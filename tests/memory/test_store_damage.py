@@ -12,9 +12,9 @@ import pytest
 
 from still_memory.checkpoint import Checkpoint, Entry
 from still_memory.codec import encode
+from still_memory.digests import digest
 from still_memory.errors import DamageError, StillError, StoreError
 from still_memory.identity import ModelIdentity
-from still_memory.ledger import digest
 from still_memory.records import NewTurn, TurnRecord
 from still_memory.span import Span
 from still_memory.store import MemoryStore

@@ -5,6 +5,7 @@ Nothing of `still_memory` reads here, and no torch: sqlite3, struct, hashlib, js
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import re
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM, AESSIV
 
 from still_memory.check import check_store
 from still_memory.checkpoint import Checkpoint, Entry
@@ -195,6 +197,115 @@ def test_an_exported_session_is_read_by_the_page_alone(
     assert told["entries"] == [
         [n, e.low, e.high, e.base, e.share, e.level] for n, e in enumerate(state.entries)
     ]
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_rounded_layers_are_read_by_the_page_alone(
+    bits: int, open_store: Opens, model: ModelIdentity, state: Checkpoint
+) -> None:
+    store = open_store(codec=f"int{bits}")
+    head = store.create("x", model, checkpoint=state, turns=[], settings={})
+    ours = store.load(head)
+    with store._file.reading() as conn:
+        rows = conn.execute(
+            "select l.data, s.address, l.layer from span_layers l join spans s on s.id = l.span"
+            " where s.codec = ?",
+            (f"int{bits}",),
+        ).fetchall()
+        (chosen,) = conn.execute("select value from meta where name = 'codec'").fetchone()
+    assert chosen == f"int{bits}".encode() and len(rows) == 4
+    seen = []
+    for data, _, _ in rows:
+        (length,) = struct.unpack_from("<Q", data)
+        header = json.loads(data[8 : 8 + length])
+        told = ("positions", "bias", "salience", "keys_low", "keys_high", "values_low",
+                "values_high", "keys", "values")  # fmt: skip
+        assert list(header) == [name for name in told if name in header]
+        found, at = {}, 0
+        for name, about in header.items():
+            low, high = about["data_offsets"]
+            assert low == at
+            raw = data[8 + length + low : 8 + length + high]
+            kind = "u1" if name in ("keys", "values") else DTYPES[about["dtype"]]
+            found[name] = np.frombuffer(raw, kind).reshape(about["shape"])
+            at = high
+        slots = found["positions"].shape[1]
+        for name, axis in (("keys", 1), ("values", 2)):
+            steps = found[name]
+            if bits == 4:
+                steps = np.stack([steps & 15, steps >> 4], 2).reshape(len(steps), -1, 8)[:, :slots]
+            low, high = (
+                np.repeat(found[f"{name}_{edge}"], 32, axis)[:, :slots, :8]
+                for edge in ("low", "high")
+            )
+            width = (high - low) / np.float32(2**bits - 1)
+            found[name] = steps * np.maximum(width, np.float32(1e-12)) + low
+        seen.append(found)
+    layers = [slots.tensors() for e in ours.entries for slots in e.span.layers]
+    for theirs in layers:
+        assert any(
+            found.keys() >= theirs.keys()
+            and all(np.array_equal(found[n], t.numpy()) for n, t in theirs.items())
+            for found in seen
+        )
+
+
+def test_an_encrypted_store_is_opened_by_the_page_alone(
+    open_store: Opens, model: ModelIdentity, state: Checkpoint
+) -> None:
+    mine = bytes(range(32))
+    store = open_store(key=mine, tenant="acmé")
+    turn = NewTurn("user", "Pörto", [7, 8], {"n": 1})
+    store.create("ålice", model, checkpoint=state, turns=[turn], settings={"system": "Brief."})
+    store.close()
+    conn = sqlite3.connect(store.path)
+    conn.row_factory = sqlite3.Row
+
+    def derive(key: bytes, purpose: str, data: bytes = b"", size: int = 32) -> bytes:
+        state = hashlib.blake2b(data, key=key, person=purpose.encode(), digest_size=size)
+        return state.digest()
+
+    ((name, sealed),) = conn.execute("select name, value from meta")
+    assert name == "sealed key" and sealed[:1] == b"\x01"
+    cipher = AESGCM(derive(mine, "still wrap"))
+    key = cipher.decrypt(sealed[1:13], sealed[13:], b"\x01still store key")
+    names = AESSIV(derive(key, "still names", size=64))
+    tenant = conn.execute("select * from tenants where id = 2").fetchone()["name"]
+    assert names.decrypt(base64.urlsafe_b64decode(tenant), [b"tenant"]).decode() == "acmé"
+    its = digest(key, "still tenant", "acmé")
+    sealing = derive(its, "still seal")
+
+    def opened(data: bytes | str, *place: object) -> bytes:
+        data = base64.b64decode(data) if isinstance(data, str) else data
+        cipher = AESGCM(derive(sealing, "still message", data[:12]))
+        return cipher.decrypt(data[12:24], data[24:], digest(sealing, "still place", *place))
+
+    (session,) = conn.execute("select * from sessions")
+    space = [b"session", tenant.encode()]
+    assert names.decrypt(base64.urlsafe_b64decode(session["name"]), space).decode() == "ålice"
+    assert json.loads(opened(session["settings"], "settings")) == {"system": "Brief."}
+    (row,) = conn.execute("select * from turns")
+    said = {c: opened(row[c], c, b"") for c in ("role", "usage", "tokens", "text")}
+    assert said == {"role": b"user", "usage": b'{"n":1}', "text": "Pörto".encode(),
+                    "tokens": struct.pack("<2I", 7, 8)}  # fmt: skip
+    parts = (row[c] for c in ("role", "created", "usage", "tokens", "text"))
+    assert row["digest"] == digest(its, "still turn", b"", *parts)
+    (head,) = conn.execute("select * from checkpoints")
+    assert json.loads(opened(head["extra"], "extra", "ålice", 1)) == state.extra
+    entries = json.loads(opened(head["entries"], "entries", "ålice", 1))
+    for entry, ours in zip(entries, state.entries, strict=True):
+        span = conn.execute("select * from spans where address = ?", [entry[0]]).fetchone()
+        if ours.span.ids is not None:
+            packed = struct.pack("<10I", *ours.span.ids)
+            assert opened(span["ids"], span["address"], "ids") == packed
+        layers = conn.execute("select * from span_layers where span = ? order by layer",
+                              [span["id"]]).fetchall()  # fmt: skip
+        plain = [opened(r["data"], span["address"], r["layer"], "exact") for r in layers]
+        assert [r["digest"] for r in layers] == [digest(its, "still layer", d) for d in plain]
+        same_layers(ours.span, plain)
+    found = conn.execute("select rowid from turn_words where turn_words match 'p*'")
+    assert found.fetchall() == []
+    conn.close()
 
 
 def documented() -> dict[str, set[str]]:

@@ -35,8 +35,9 @@ from still_memory.compactors import (
 from still_memory.compactors.attention_matching import Keys
 from still_memory.compactors.looks import REQUEST, Looks
 from still_memory.compactors.matching_pursuit import pursued
-from still_memory.compactors.quantised import GROUP, QuantisedCompactor, rounded
+from still_memory.compactors.quantised import QuantisedCompactor
 from still_memory.errors import CompactorError
+from still_memory.grids import GROUP, rounded
 from still_memory.rotation import free, rotate, unrotate
 from still_memory.shares import Counts
 from still_memory.span import Slots, Span, raw_slots

@@ -1,9 +1,7 @@
-"""Any compactor, with keys and values rounded to few bits: KIVI's grids (arXiv 2402.02750).
+"""Any compactor, with keys and values rounded to few bits (see `grids`).
 
-Keys are rounded channel by channel over groups of slots, for some channels are large in all of
-them; values slot by slot over groups of channels. Each group has its own smallest value and step.
 What is kept in memory is the rounded numbers in the model's dtype, so this shows what rounding
-costs; it saves no bytes by itself.
+costs; it saves no bytes by itself. A store's codec does, with the same numbers.
 """
 
 from __future__ import annotations
@@ -11,16 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import torch.nn.functional as F
-from torch import Tensor
-
 from still_memory.compactors.base import Compactor
 from still_memory.errors import CompactorError
+from still_memory.grids import rounded
 from still_memory.identity import CompactorIdentity
 from still_memory.shares import Counts
 from still_memory.span import Span
-
-GROUP = 32  # numbers that share a smallest value and a step, as in the paper
 
 
 @dataclass(frozen=True)
@@ -52,19 +46,3 @@ class QuantisedCompactor:
             for layer in span.layers
         )  # fmt: skip
         return replace(span, layers=layers, compactor=mine)
-
-
-def rounded(x: Tensor, bits: int, dim: int) -> Tensor:
-    """x (H, n, d) on an even grid of 2 ** `bits` steps for each GROUP numbers along `dim`."""
-    n = x.shape[dim]
-    if not n:
-        return x
-    moved = x.float().movedim(dim, -1)
-    edge = moved[..., -1:]
-    padded = F.pad(moved, (0, -n % GROUP))
-    padded[..., n:] = edge  # no zeros: they would widen the last group
-    groups = padded.unflatten(-1, (-1, GROUP))
-    low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
-    step = ((high - low) / (2**bits - 1)).clamp(min=1e-12)
-    grid = ((groups - low) / step).round() * step + low
-    return grid.flatten(-2)[..., :n].movedim(-1, dim).to(x.dtype)
