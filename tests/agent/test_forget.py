@@ -231,6 +231,41 @@ def test_copies_by_an_import_or_a_rebuild_are_not_overlooked(
     del fork
 
 
+def test_an_encrypted_conversation_forgets_too(
+    make_agent: MakeAgent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("cryptography")
+    monkeypatch.setenv("STILL_AGENT_KEY", "5a" * 32)
+    path = tmp_path / "s.db"
+    agent = make_agent(path, compactor=Pooling())
+    said = [part(1), part(2), SECRET, part(3)]
+    chat = heard(agent, said)
+    fork = chat.fork("y")
+    agent.export("x", tmp_path / "x.still")
+    copy = agent.import_session(tmp_path / "x.still", "z")
+    with closing(sqlite3.connect(path)) as conn:
+        rows = dict(conn.execute("select id, digest from turns").fetchall())
+        tensors = [bytes(d) for (d,) in conn.execute("select data from span_layers")]
+    ids = [c.history()[3].id for c in (chat, copy)]
+    with pytest.raises(TaintedError) as refused:
+        chat.forget(4)
+    assert [(t.session, t.forgotten) for t in refused.value.tainted] == [
+        (name, (4,)) for name in "xyz"
+    ]
+    chat.forget(4, later="keep")
+    never = make_agent(compactor=Pooling())
+    assert state_of(chat) == state_of(heard(never, [*said[:2], said[3]]))
+    for one in (chat, fork, copy):
+        assert texts(one) == ["Brief.", *said[:2], said[3]] and one.search("vermilion") == []
+    with closing(sqlite3.connect(path)) as conn:
+        there = {bytes(d) for (d,) in conn.execute("select data from span_layers")}
+    gone = [data[-64:] for data in tensors if data not in there]
+    assert len(gone) > 4
+    assert traces.hits(path, [*(rows[i] for i in ids), *gone]) == []
+    agent.close()
+    assert texts(make_agent(path, compactor=Pooling()).session("z"))[-1] == part(3)
+
+
 def test_a_fork_of_another_model_stops_it(make_agent: MakeAgent, tmp_path: Path) -> None:
     path = tmp_path / "s.db"
     with make_agent(path) as agent:
