@@ -11,10 +11,11 @@ and the look-ahead 1/16: a large chunk means few rounds, and rounds are what wea
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Self
 
 from pydantic import Field, model_validator
 
+from still_agent.schedule import ScheduleName
 from still_agent.settings import Settings
 from still_memory.errors import BudgetError, StillError
 
@@ -29,7 +30,6 @@ class Shares:
     span: int  # of one span that a compaction writes
 
 
-ScheduleName = Literal["rolling", "tiered", "append"]
 LEVELS = 5  # tiers that memory has room for before the oldest spans merge in place
 
 

@@ -18,10 +18,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
-from still_agent.budget import Budget, Shares
 from still_memory.errors import BudgetError
+
+if TYPE_CHECKING:  # so that a command line may name schedules without loading pydantic
+    from still_agent.budget import Budget, Shares
+
+ScheduleName = Literal["rolling", "tiered", "append"]
 
 
 @dataclass(frozen=True)

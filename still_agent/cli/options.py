@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from still_agent.budget import ScheduleName
+from still_agent.schedule import ScheduleName
 
 if TYPE_CHECKING:
     from still_agent.agent import Agent

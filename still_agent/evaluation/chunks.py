@@ -15,9 +15,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
-from still_agent.budget import LEVELS, ScheduleName, Shares
+from still_agent.budget import LEVELS, Shares
 from still_agent.rolling import RollingState
-from still_agent.schedule import Plan, Tiered
+from still_agent.schedule import Plan, ScheduleName, Tiered
 
 FAN_IN = 2  # a few dozen slots make no more than ten spans worth the name
 SPANS = LEVELS * FAN_IN

@@ -8,10 +8,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import mean
 
-from still_agent.budget import ScheduleName
 from still_agent.evaluation.methods import blind, compactor_of, schedule_of
 from still_agent.evaluation.rows import PLACE, Row, key
 from still_agent.evaluation.standings import RESAMPLES, Interval, families, interval
+from still_agent.schedule import ScheduleName
 
 
 @dataclass(frozen=True)

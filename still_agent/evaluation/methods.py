@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast, get_args
 
-from still_agent.budget import ScheduleName
 from still_agent.compactor import OWN
+from still_agent.schedule import ScheduleName
 from still_memory.compactors import TRAINING_FREE
 from still_memory.errors import InputError
 

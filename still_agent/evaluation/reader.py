@@ -30,8 +30,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from still_agent.budget import ScheduleName
 from still_agent.evaluation.trajectory import SYSTEM, Answer, Script, trajectory
+from still_agent.schedule import ScheduleName
 from still_memory import errors
 
 if TYPE_CHECKING:

@@ -276,7 +276,7 @@ def test_a_store_that_reaches_its_largest_size(make_agent: MakeAgent, tmp_path: 
         (pages,) = conn.execute("pragma page_count").fetchone()
         conn.execute(f"pragma max_page_count = {pages}")
     with pytest.raises(StoreError, match=r"full"):
-        chat.send(PROSE * 8)
+        chat.send(PROSE * 32)  # more than the free pages in the file take
     with store._file.connection() as conn:
         conn.execute("pragma max_page_count = 100000")
     assert_nothing_lost(chat, before, turns=2)

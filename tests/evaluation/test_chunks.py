@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from still_agent.budget import Budget, ScheduleName
+from still_agent.budget import Budget
 from still_agent.cli.app import app
 from still_agent.evaluation.bench import Bench
 from still_agent.evaluation.chunks import SPANS, Chunks
@@ -22,6 +22,7 @@ from still_agent.evaluation.rows import Row
 from still_agent.evaluation.standings import is_rival, leads
 from still_agent.models import FrozenModel
 from still_agent.rolling import RollingState
+from still_agent.schedule import ScheduleName
 from still_memory.checkpoint import Checkpoint
 from still_memory.compactors import StreamingCompactor
 from still_memory.errors import InputError
