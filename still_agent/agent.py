@@ -30,7 +30,12 @@ from still_agent.text import LONGEST, check_message
 from still_memory.checkpoint import Checkpoint
 from still_memory.codec import EXACT
 from still_memory.compactors.base import Compactor
-from still_memory.errors import ConflictError, DamageError, InputError, UnknownSessionError
+from still_memory.errors import (
+    ConflictError,
+    DamageError,
+    InputError,
+    StillError,
+)
 from still_memory.portable import UNVERIFIED, Portable
 from still_memory.prune import Pruned
 from still_memory.records import Head, NewTurn, SessionInfo, TurnRecord
@@ -102,6 +107,8 @@ class Agent:
 
         Raises InputError, BudgetError, CompactorError, IdentityError, StoreError.
         """
+        if store is None and key is not None:
+            raise InputError("a key encrypts a store, and there is none: give store= as well")
         model = load_model(name, device=device, dtype=dtype)
         (budget or Budget()).require_window(model.window)
         chosen = choose_compactor(compactor, name, model)
@@ -304,7 +311,7 @@ class Agent:
                 with self._lock:
                     session = self._sessions.get(taint.session_id)
                 if session is not None and not session.closed:
-                    with suppress(UnknownSessionError):  # deleted since: it tells by itself
+                    with suppress(StillError):  # it tells by itself, when it is next used
                         session.refresh()
                         session.last_reply, session.restored = None, how
         return forgotten

@@ -159,8 +159,7 @@ class EphemeralStore:
         ]
 
     def sessions(self) -> list[SessionInfo]:
-        named = [held for name, held in self._sessions.items() if len(name) <= MAX_SESSION_NAME]
-        newest = sorted(named, key=lambda held: held.updated, reverse=True)
+        newest = sorted(self._named(), key=lambda held: held.updated, reverse=True)
         return [
             SessionInfo(
                 name=held.head.session,
@@ -208,7 +207,7 @@ class EphemeralStore:
             return self._advance(start, checkpoint, turns)
 
     def tainted(self, turns: Collection[int]) -> list[Taint]:
-        everyone = [held for name, held in self._sessions.items() if len(name) <= MAX_SESSION_NAME]
+        everyone = self._named()
         said = {_said(t) for held in everyone for t in held.turns if t.id in turns}
         found = []
         for held in everyone:
@@ -291,6 +290,11 @@ class EphemeralStore:
         head = replace(start, session_id=self._ids)
         self._sessions[name] = _Held(head, checkpoint, now, now, turns)
         return head
+
+    def _named(self) -> list[_Held]:
+        """The sessions that are no drafts, as they are now; others may be begun meanwhile."""
+        every = list(self._sessions.items())
+        return [held for name, held in every if len(name) <= MAX_SESSION_NAME]
 
     def _at(self, head: Head) -> _Held:
         """The session, if it still stands at `head`'s generation."""

@@ -301,7 +301,8 @@ def forget(
         _tell_tainted(tainted, as_json)
     else:
         names = ", ".join(repr(printable(taint.session)) for taint in tainted)
-        Console().print(f"forgotten in {names}: no byte of it is left in {store}", markup=False)
+        told = f"forgotten in {names}, and computed anew without it"
+        Console().print(f"{told}; the bytes are gone from {store}", markup=False)
 
 
 @app.command()

@@ -271,6 +271,13 @@ def test_a_key_comes_in_several_ways(path: Path, given: object) -> None:
         assert store.head("alice") is not None
 
 
+def test_a_key_without_a_store_is_refused() -> None:
+    from still_agent import Agent
+
+    with pytest.raises(InputError, match="store="):
+        Agent.load("reference", key=KEY)
+
+
 def test_a_key_comes_from_the_environment(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STILL_AGENT_KEY", base64.b64encode(KEY).decode())
     with MemoryStore(path) as store:

@@ -285,6 +285,7 @@ def test_limits_are_the_tenant_s_and_the_operator_sees_all(
         ("acme", "alice"), ("acme", "draft of alice"), ("acme", "secret"), ("bolt", "alice")
     }  # fmt: skip
     own, every = bolt.space(), bolt.space(all_tenants=True)
+    assert own.index_bytes == 0 < every.index_bytes  # all tenants' words
     for figure in ("spans", "turns", "checkpoints", "span_bytes", "turn_bytes"):
         assert getattr(own, figure) + getattr(acme.space(), figure) == getattr(every, figure)
     assert bolt.prune(Retention(max_bytes=0), dry_run=True).sessions == []  # its only one
