@@ -462,6 +462,7 @@ def test_an_encrypted_store_from_the_command_line(
     assert b"Porto" in plain.read_bytes() and b"Porto" not in sealed.read_bytes()
     assert run("store", "check", "--store", sealed).exit_code == 0
     assert "Porto" in run("sessions", "search", "ålice", "porto", "--store", sealed).stdout
+    assert "has no index" in " ".join(run("store", "reindex", "--store", sealed).stdout.split())
     assert run("sessions", "export", "ålice", file, "--store", sealed).exit_code == 0
     assert file.read_bytes().startswith(b"still sealed")
     assert run("store", "rekey", "--store", sealed).exit_code == 1  # no new key

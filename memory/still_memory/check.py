@@ -134,7 +134,10 @@ def _check_rows(
         with _noting(noted, "the table of spans"):
             for done in check_rows.spans(conn, vaults, noted):
                 tell("bytes of spans", done, counts["span_bytes"])
-        if indexed and not vault.encrypted:
+        if indexed and vault.encrypted:
+            with _noting(noted, "the index of words"):
+                check_words.none(conn, noted)
+        elif indexed:
             with _noting(noted, "the index of words"):
                 for done in check_words.compare(conn, noted):
                     tell("turns in the index of words", done, counts["turns"])

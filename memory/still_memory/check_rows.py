@@ -10,7 +10,7 @@ import sqlite3
 from collections.abc import Iterator, Mapping
 from datetime import datetime
 
-from still_memory import checkpoints_table, drafts_table, ledger
+from still_memory import checkpoints_table, drafts_table, erasure, ledger
 from still_memory.digests import digest
 from still_memory.errors import StoreError
 from still_memory.findings import Noted
@@ -176,7 +176,7 @@ def spans(conn: sqlite3.Connection, vaults: Mapping[int, Vault], noted: Noted) -
 
 
 def leftovers(conn: sqlite3.Connection, noted: Noted) -> None:
-    """What no session leads to: a prune that was stopped has still to collect it."""
+    """What a prune that was stopped has still to collect, or an erasure to overwrite."""
     many, size = conn.execute(
         "select count(*), coalesce(sum(bytes), 0) from spans where not exists"
         " (select 1 from checkpoint_spans r where r.span = spans.id)"
@@ -190,6 +190,8 @@ def leftovers(conn: sqlite3.Connection, noted: Noted) -> None:
     ).fetchone()
     if many:
         noted.add("leftover", f"{many} turns that no session leads to")
+    if erasure.marked(conn) is not None:
+        noted.add("leftover", "an erasure did not end: the file may hold what was erased")
 
 
 def _check_entries(

@@ -21,6 +21,19 @@ _TURNS = 500  # split into words at once
 _MIX = np.uint64(0x9E3779B97F4A7C15)
 
 
+_EMPTY = (1, 10)  # what FTS5 tells of the whole of an index: also of one that holds nothing
+
+
+def none(conn: sqlite3.Connection, noted: Noted) -> None:
+    """Note that an encrypted store, which has no index, has words in it."""
+    there = (
+        "select (select count(*) from turn_words_data where id not in (?, ?)),"
+        " (select count(*) from turn_words_idx)"
+    )
+    if any(conn.execute(there, _EMPTY).fetchone()):
+        noted.add("words", "it holds words in plain, and the store is encrypted")
+
+
 def compare(conn: sqlite3.Connection, noted: Noted) -> Iterator[int]:
     """Note each turn whose words are not those in the index. Yields how many turns are read."""
     query = "select id from turns order by id"

@@ -10,6 +10,7 @@ import sqlite3
 
 from still_memory import checkpoints_table, words
 from still_memory.records import MAX_SESSION_NAME
+from still_memory.vault import Vault
 
 
 def name_of(session: int) -> str:
@@ -22,11 +23,11 @@ def is_name(name: str) -> bool:
     return len(name) == MAX_SESSION_NAME + 1 and name.isdigit()
 
 
-def drop(conn: sqlite3.Connection, session: int) -> None:
+def drop(conn: sqlite3.Connection, vault: Vault, session: int) -> None:
     """Delete the draft of a session, if there is one, with what it alone leads to."""
     query = "select id, generation from sessions where draft_of = ?"
     row = conn.execute(query, (session,)).fetchone()
     if row is not None:
         for turn in checkpoints_table.collect(conn, *row):
-            words.remove(conn, *turn)
+            words.remove(conn, vault, *turn)
         conn.execute("delete from sessions where id = ?", row[:1])

@@ -31,7 +31,7 @@ def mark(conn: sqlite3.Connection) -> None:
 def go_on(file: StoreFile) -> None:
     """Clean the file if someone was kept from it, unless others are at work in it just now."""
     with file.reading() as conn:
-        left = _marked(conn)
+        left = marked(conn)
     if left is not None:
         with suppress(StoreError):  # whoever asked for it was told so, and may ask again
             scrub(file, wait=False)
@@ -44,7 +44,7 @@ def scrub(file: StoreFile, *, wait: bool = True) -> None:
     so that it could not be done; the mark then stays.
     """
     with file.connection() as conn:
-        left = _marked(conn)
+        left = marked(conn)
         with file.waiting(None if wait else 0.0):
             _rewrite(conn)
             busy, *_ = conn.execute("pragma wal_checkpoint(truncate)").fetchone()
@@ -57,7 +57,8 @@ def scrub(file: StoreFile, *, wait: bool = True) -> None:
         conn.execute("delete from meta where name = ? and value = ?", (MARK, left))
 
 
-def _marked(conn: sqlite3.Connection) -> bytes | None:
+def marked(conn: sqlite3.Connection) -> bytes | None:
+    """The mark, while the file may hold what its rows do not."""
     row = conn.execute("select value from meta where name = ?", (MARK,)).fetchone()
     return None if row is None else row[0]
 

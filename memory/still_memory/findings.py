@@ -8,7 +8,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Literal
 
-from still_memory.errors import DamageError
 from still_memory.tenants import label
 from still_memory.vault import Vault
 
@@ -30,8 +29,8 @@ REMEDIES: Mapping[Kind, str] = {
     "checkpoint": f"{_COPY}, {_LEDGER}",
     "span": f"{_COPY}, {_LEDGER}",
     "reference": f"{_COPY}, {_LEDGER}",
-    "words": "`still-agent store reindex` builds the index anew from the turns",
-    "leftover": "`still-agent store prune` collects them",
+    "words": "`still-agent store reindex` builds the index anew (empty if encrypted)",
+    "leftover": "`still-agent store prune` collects them, `store scrub` ends an erasure",
 }
 
 
@@ -39,7 +38,7 @@ REMEDIES: Mapping[Kind, str] = {
 class Finding:
     """One thing that is not as it was written. What does not apply is None.
 
-    A `leftover` is no damage: what a prune that was stopped has still to collect.
+    A `leftover` is no damage: what a prune or an erasure that was stopped has still to do.
     """
 
     kind: Kind
@@ -188,8 +187,7 @@ class Noted:
     def named(self, tenant: str, session: str) -> str:
         """A session as people know it; where its name cannot be read, as it is stored."""
         if self.vault is not None:
-            with suppress(DamageError):
-                tenant, session = self.vault.names(tenant, session)
+            tenant, session = self.vault.names(tenant, session)
         return label(tenant, session)
 
 

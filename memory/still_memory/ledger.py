@@ -47,7 +47,7 @@ def append(
         )
         parent = cursor.lastrowid
         assert parent is not None
-        words.add(conn, parent, turn.text)
+        words.add(conn, vault, parent, turn.text)
         written += sum(len(part if isinstance(part, bytes) else part.encode()) for part in row)
     return parent, above, written
 
@@ -169,7 +169,7 @@ def copies(conn: sqlite3.Connection, vault: Vault, tenant: int, turns: Collectio
     """The ids of the tenant's turns that say what these say, in one role and at one moment.
 
     These themselves, and rows that an import or a rebuild has made of them. Reads the time of
-    every turn, and the text of those that could be copies.
+    every turn, and the text of those that could be copies. A damaged one is a copy of none.
     """
     query = "select id, created from turns where tenant = ?"
     chosen = "and id in (select value from json_each(?))"
@@ -177,17 +177,20 @@ def copies(conn: sqlite3.Connection, vault: Vault, tenant: int, turns: Collectio
     moments = {created for _, created in own}
     alike = [row for row, created in conn.execute(query, (tenant,)) if created in moments]
 
-    def said(turn: int) -> tuple[str, str, str]:
+    def said(turn: int) -> tuple[str, str, str] | None:
         above, *row = conn.execute(
             "select p.digest, t.role, t.created, t.usage, t.tokens, t.text"
             " from turns t left join turns p on p.id = t.parent where t.id = ?",
             (turn,),
         ).fetchone()
-        role, created, _, _, text = _opened(vault, above or b"", turn, row)
+        try:
+            role, created, _, _, text = opened(vault, above or b"", row)
+        except ValueError:  # what cannot be read must not keep from deleting it
+            return None
         return role, created, text
 
-    wanted = {said(row) for row, _ in own}
-    return {row for row in alike if said(row) in wanted}
+    wanted = {said(row) for row, _ in own} - {None}
+    return {row for row, _ in own} | {row for row in alike if said(row) in wanted}
 
 
 def collect(conn: sqlite3.Connection) -> None:

@@ -37,7 +37,7 @@ def m002_token_ids(db: Database) -> None:
 def m003_words(db: Database) -> None:
     """What was said can be searched, and what was said before this too."""
     db.conn.execute(words.SCHEMA)
-    words.erase(db.conn)
+    db.conn.execute(words.REBUILD)
 
 
 @migrations()

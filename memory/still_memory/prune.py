@@ -63,10 +63,10 @@ def prune(
     while True:
         with file.reading() as conn:
             drops = plan(conn, vault, limits, datetime.now(UTC), tenant, SLACK)
-        done += [drop for drop in drops if _drop(file, drop)]
+        done += [drop for drop in drops if _drop(file, vault, drop)]
         _collect_spans(file)
-        if _collect_turns(file):
-            _forget_words(file)
+        if _collect_turns(file, vault):
+            _forget_words(file, vault)
         _give_back(file)
         last, size = size, _size(file)
         # Again for its size alone, and while that helps: turns that go on meanwhile make
@@ -86,7 +86,7 @@ def _briefly(file: StoreFile) -> Iterator[sqlite3.Connection]:
     time.sleep(max(REST, time.monotonic() - began))
 
 
-def _drop(file: StoreFile, drop: Drop) -> bool:
+def _drop(file: StoreFile, vault: Vault, drop: Drop) -> bool:
     """Whether it is gone: a session that was used since the plan was made stays."""
     if drop.whole:
         with _briefly(file) as conn:
@@ -94,7 +94,7 @@ def _drop(file: StoreFile, drop: Drop) -> bool:
             query = "select 1 from sessions where id = ? and updated = ?"
             if conn.execute(query, told).fetchone() is None:
                 return False
-            drafts_table.drop(conn, drop.session_id)
+            drafts_table.drop(conn, vault, drop.session_id)
             conn.execute("delete from sessions where id = ?", told[:1])
             return True
     for generation in drop.generations:
@@ -103,7 +103,7 @@ def _drop(file: StoreFile, drop: Drop) -> bool:
             if conn.execute(query, (drop.session_id, generation)).fetchone() is None:
                 return False
             for turn in checkpoints_table.collect(conn, drop.session_id, generation):
-                words.remove(conn, *turn)
+                words.remove(conn, vault, *turn)
     return True
 
 
@@ -121,7 +121,7 @@ def _collect_spans(file: StoreFile) -> None:
                 size += held
 
 
-def _collect_turns(file: StoreFile) -> int:
+def _collect_turns(file: StoreFile, vault: Vault) -> int:
     """Turns that nothing leads to, from their last back; how many there were."""
     with file.reading() as conn:
         ends = conn.execute(
@@ -136,7 +136,7 @@ def _collect_turns(file: StoreFile) -> int:
             with _briefly(file) as conn:
                 dropped = ledger.drop(conn, way[-1], TURNS)
                 for turn in dropped:
-                    words.remove(conn, *turn)
+                    words.remove(conn, vault, *turn)
             if not dropped:
                 break
             many += len(dropped)
@@ -144,12 +144,12 @@ def _collect_turns(file: StoreFile) -> int:
     return many
 
 
-def _forget_words(file: StoreFile) -> None:
+def _forget_words(file: StoreFile, vault: Vault) -> None:
     """Merge the index until it holds no word that was deleted."""
     pages, more = -MERGE, True  # the sign begins a merge of all that there is
     while more:
         with _briefly(file) as conn:
-            more = words.merge(conn, pages)
+            more = words.merge(conn, vault, pages)
         pages = MERGE
 
 

@@ -80,6 +80,11 @@ class SpansTable:
             self._vault.seal(data, address, layer, codec)
             for layer, data in enumerate(packed.layers)
         ]
+        # equal layers of two spans must not be seen to be equal
+        marks = [
+            self._vault.seal(mark, address, layer, "digest")
+            for layer, mark in enumerate(packed.digests)
+        ]
         size = sum(map(len, layers)) + len(stored_ids or b"")
         content = (model_id, *known, stored_ids, codec, len(layers), size)
         if row is None:
@@ -100,7 +105,7 @@ class SpansTable:
             "insert into span_layers (span, layer, digest, data) values (?, ?, ?, ?)",
             (
                 (identity, layer, mark, data)
-                for layer, (mark, data) in enumerate(zip(packed.digests, layers, strict=True))
+                for layer, (mark, data) in enumerate(zip(marks, layers, strict=True))
             ),
         )
         return identity, size, size
@@ -163,15 +168,19 @@ class SpansTable:
         meta: _Meta = (
             *rest, None if ids is None else self._vault.open(ids, address, "ids")
         )  # fmt: skip
-        stored = conn.execute(
+        rows = conn.execute(
             "select id, layer, digest, length(data) from span_layers where span = ?"
             " order by layer limit ?",
             (identity, MAX_LAYERS + 1),
         ).fetchall()
-        numbers = [r[1] for r in stored]
+        numbers = [r[1] for r in rows]
         whole = numbers == list(range(len(numbers))) and layers == len(numbers)
         if not whole or not 0 < len(numbers) <= MAX_LAYERS:
             raise ValueError("its layers are not all there")
+        stored = [
+            (row, layer, self._vault.open(mark, address, layer, "digest"), length)
+            for row, layer, mark, length in rows
+        ]
         # a damaged row may hold values of any type: what is no digest is none of these
         if self._address(model, meta, codec, [r[2] for r in stored]) != address:
             raise ValueError("its description is not what was written")

@@ -190,7 +190,7 @@ class MemoryStore:
             new, written = self._advance(conn, head, settings, checkpoint, packed, turns, now)
             oldest = new.generation - self._keep
             for turn in checkpoints_table.collect(conn, head.session_id, oldest):
-                words.remove(conn, *turn)
+                words.remove(conn, self._vault, *turn)
             give_back_pages(conn)
         self._committed(packed, head.model, written)
         return new
@@ -385,7 +385,7 @@ class MemoryStore:
         """Forget the state that was on its way to this session's place, if there is one."""
         with self._file.writing() as conn:
             if _stands(conn, self._owner(conn), head):
-                drafts_table.drop(conn, head.session_id)
+                drafts_table.drop(conn, self._vault, head.session_id)
 
     def adopt(
         self, head: Head, made: Head, checkpoint: Checkpoint, turns: Sequence[NewTurn]
@@ -408,9 +408,9 @@ class MemoryStore:
             )
             start = replace(head, model=made.model, turn=made.turn, turns=made.turns)
             new, written = self._advance(conn, start, settings, checkpoint, packed, turns, now)
-            drafts_table.drop(conn, head.session_id)
+            drafts_table.drop(conn, self._vault, head.session_id)
             for turn in checkpoints_table.collect(conn, head.session_id, head.generation):
-                words.remove(conn, *turn)
+                words.remove(conn, self._vault, *turn)
             give_back_pages(conn)
         self._committed(packed, made.model, written)
         return new
@@ -440,9 +440,9 @@ class MemoryStore:
             rows, found = taint.trace(conn, self._vault, self._owner(conn), turns)
             taint.require_same(found, [head for head, _ in made])
             heads = [self._replace(conn, head, draft, now) for head, draft in made]
-            taint.drop_states(conn, rows)
+            taint.drop_states(conn, self._vault, rows)
             taint.collect(conn)
-            words.erase(conn)
+            words.erase(conn, self._vault)
             erasure.mark(conn)
         return heads
 
@@ -473,17 +473,17 @@ class MemoryStore:
                 *((t.session_id, t.session) for t in shared if forks == "delete"),
             ]
             for identity, _ in gone:
-                drafts_table.drop(conn, identity)
+                drafts_table.drop(conn, self._vault, identity)
                 (newest,) = conn.execute(
                     "select generation from sessions where id = ?", (identity,)
                 ).fetchone()
                 checkpoints_table.collect(conn, identity, newest)
                 conn.execute("delete from sessions where id = ?", (identity,))
             if erase:
-                taint.drop_states(conn, rows - taint.said_now(conn, tenant))
+                taint.drop_states(conn, self._vault, rows - taint.said_now(conn, tenant))
                 taint.collect(conn)
                 erasure.mark(conn)
-            words.erase(conn)
+            words.erase(conn, self._vault)
         ids, names = zip(*gone, strict=True)
         return Deleted(names, ids, tuple(shared) if forks == "keep" else ())
 
@@ -502,10 +502,11 @@ class MemoryStore:
     def reindex(self) -> None:
         """Build the index of words anew from the turns that are there.
 
-        For an index that is damaged. Takes time in proportion to all text, and writers wait.
+        For an index that is damaged. Takes time in proportion to all text, and writers wait. An
+        encrypted store has no index: what stands there in spite of that goes.
         """
         with self._file.erasing() as conn:
-            words.renew(conn)
+            words.renew(conn, self._vault)
 
     def rekey(self, key: Key) -> None:
         """Put the store under another user's key; the present one does not open it any more.
@@ -728,9 +729,9 @@ class MemoryStore:
             " select ?, span from checkpoint_spans where checkpoint = ?",
             (new.checkpoint, made.checkpoint),
         )
-        drafts_table.drop(conn, head.session_id)
+        drafts_table.drop(conn, self._vault, head.session_id)
         for turn in checkpoints_table.collect(conn, head.session_id, head.generation):
-            words.remove(conn, *turn)
+            words.remove(conn, self._vault, *turn)
         return new
 
     def _committed(self, packed: Mapping[Span, Packed], model: ModelIdentity, written: int) -> None:

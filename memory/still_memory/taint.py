@@ -79,7 +79,7 @@ def trace(
     ).fetchall()
     found = []
     for owner, stored, session, generation, last in held:
-        _, name = vault.names(owner, stored)
+        _, name = (vault.open_names if quoting else vault.names)(owner, stored)
         way = sorted(ledger.way(conn, last))  # a parent's id is the smaller one
         forgotten = tuple(n for n, turn in enumerate(way, 1) if turn in rows)
         if not forgotten:  # an index leads there that the rows do not bear out
@@ -137,7 +137,7 @@ def said_now(conn: sqlite3.Connection, tenant: int) -> set[int]:
     return {row[0] for row in rows}
 
 
-def drop_states(conn: sqlite3.Connection, rows: Collection[int]) -> None:
+def drop_states(conn: sqlite3.Connection, vault: Vault, rows: Collection[int]) -> None:
     """Delete the kept states, and drafts, that were computed with these turns.
 
     No session's newest state may be among them.
@@ -149,7 +149,7 @@ def drop_states(conn: sqlite3.Connection, rows: Collection[int]) -> None:
         (ids,),
     ).fetchall()
     for (session,) in drafts:
-        drafts_table.drop(conn, session)
+        drafts_table.drop(conn, vault, session)
     conn.execute(f"{_LED} delete from checkpoints where turn in (select id from led)", (ids,))
 
 

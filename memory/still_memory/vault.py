@@ -80,7 +80,17 @@ class Vault:
         return name
 
     def names(self, tenant: str, session: str) -> tuple[str, str]:
-        """A tenant's name and that of a session of its, as people know them, from their rows."""
+        """A tenant's name and that of a session of its, as people know them, from their rows.
+
+        Where one of them is damaged, as they are stored: whoever lists many goes on.
+        """
+        try:
+            return self.open_names(tenant, session)
+        except DamageError:
+            return tenant, session
+
+    def open_names(self, tenant: str, session: str) -> tuple[str, str]:
+        """As `names`, and DamageError where one is damaged."""
         try:
             return self.open_name(tenant, *TENANTS), self.open_name(session, *sessions_of(tenant))
         except ValueError as error:

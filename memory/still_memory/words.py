@@ -4,6 +4,9 @@ It holds words and where they stand, and no text of its own. FTS5 deletes by wri
 something was deleted, and its remedy for that, "secure-delete", makes a file that SQLite before
 3.42 cannot read. So where words must be nowhere afterwards, the index is built anew from the
 turns that are left, which any SQLite can do.
+
+An encrypted store has no index, for FTS5's cannot be sealed. That is for the vault to say, and
+never for the file: whoever can write the file would have it take the words in plain.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from contextlib import closing
 
 from still_memory.errors import DamageError, InputError
 from still_memory.records import check_limit, check_text
+from still_memory.vault import Vault
 
 # No sizes of columns: they are for ranking, and matches come newest first. Case and accents
 # do not count. Words of a script without spaces are whole runs of it.
@@ -29,52 +33,49 @@ EXCERPT = 24  # words
 MOST_WORDS = 64  # of a search
 
 
-def kept(conn: sqlite3.Connection) -> bool:
-    """Whether this store has an index: one that is encrypted has none, for FTS5 cannot be."""
-    query = "select 1 from meta where name = 'sealed key'"
-    return conn.execute(query).fetchone() is None
-
-
-def add(conn: sqlite3.Connection, turn: int, text: str) -> None:
+def add(conn: sqlite3.Connection, vault: Vault, turn: int, text: str) -> None:
     """A turn was written."""
-    if not kept(conn):
+    if vault.encrypted:
         return
     conn.execute("insert into turn_words (rowid, text) values (?, ?)", (turn, text))
 
 
-def remove(conn: sqlite3.Connection, turn: int, text: str) -> None:
+def remove(conn: sqlite3.Connection, vault: Vault, turn: int, text: str) -> None:
     """A turn is gone; what it said may stay in the file until `erase`."""
-    if not kept(conn):
+    if vault.encrypted:
         return
     conn.execute(
         "insert into turn_words (turn_words, rowid, text) values ('delete', ?, ?)", (turn, text)
     )
 
 
-def erase(conn: sqlite3.Connection) -> None:
+def erase(conn: sqlite3.Connection, vault: Vault) -> None:
     """Leave no word but those of the turns that are there. Reads them all."""
-    if not kept(conn):
+    if vault.encrypted:
         return
     conn.execute(REBUILD)
 
 
-def merge(conn: sqlite3.Connection, pages: int) -> bool:
+def merge(conn: sqlite3.Connection, vault: Vault, pages: int) -> bool:
     """Merge some pages of the index; whether there is more to merge.
 
     A negative number begins a merge of everything, which ends with no deleted word left.
     """
-    if not kept(conn):
+    if vault.encrypted:
         return False
     before = conn.total_changes
     conn.execute("insert into turn_words (turn_words, rank) values ('merge', ?)", (pages,))
     return conn.total_changes - before >= 2  # FTS5's own sign
 
 
-def renew(conn: sqlite3.Connection) -> None:
-    """Make the index anew, also where its own tables are damaged. Reads all turns."""
+def renew(conn: sqlite3.Connection, vault: Vault) -> None:
+    """Make the index anew, also where its own tables are damaged. Reads all turns.
+
+    That of an encrypted store is empty, whatever somebody has put into it.
+    """
     conn.execute("drop table if exists turn_words")
     conn.execute(SCHEMA)
-    erase(conn)
+    erase(conn, vault)
 
 
 def find(

@@ -168,10 +168,14 @@ def reindex(store: StorePath = DEFAULT_STORE, as_json: AsJson = False) -> None:
     """Build the full-text index anew from the turns, where a check found it damaged."""
     with closing(existing_store(store)) as memory:
         memory.reindex()
+        encrypted = memory.encrypted
+    said = f"the index of {store} holds the words of its turns"
+    if encrypted:
+        said = f"{store} is encrypted, so it has no index; searches read the turns themselves"
     if as_json:
         print_json({"reindexed": str(store)})
     else:
-        Console().print(f"the index of {store} holds the words of its turns", markup=False)
+        Console().print(said, markup=False)
 
 
 @app.command()

@@ -168,6 +168,18 @@ def test_what_a_stopped_prune_left_is_told_and_is_no_damage(
     assert "2 spans" in report.findings[0].how and "3 turns" in report.findings[1].how
 
 
+def test_an_erasure_that_did_not_end_is_told_and_is_no_damage(
+    saved: damage.Saved, open_store: Opens, path: Path
+) -> None:
+    with open_store() as store:
+        store.delete("alice", erase=True)
+        report = check_store(path)
+        assert [f.kind for f in report.findings] == ["leftover"] and not report.damaged
+        assert "erased" in report.findings[0].how and "scrub" in report.findings[0].remedy
+        store.scrub()
+        assert check_store(path).findings == []
+
+
 def test_a_check_changes_nothing_and_waits_for_no_writer(
     saved: damage.Saved, open_store: Opens, path: Path
 ) -> None:
