@@ -39,6 +39,7 @@ class StoreFile:
     """The connection to a store's file: `reading()` and `writing()` are its transactions.
 
     founding: what is done to a file that is made here, in the transaction that makes it.
+    admitting: raises what keeps a file of an older schema from being brought to this one.
     """
 
     def __init__(
@@ -47,15 +48,17 @@ class StoreFile:
         synchronous: str,
         timeout: float,
         founding: Callable[[sqlite3.Connection], None] | None = None,
+        admitting: Callable[[sqlite3.Connection], object] | None = None,
     ) -> None:
         if synchronous.upper() not in ("NORMAL", "FULL", "EXTRA"):
             raise StoreError(f"synchronous must be NORMAL, FULL or EXTRA, not {synchronous!r}")
         self.path = Path(path).absolute()  # after a chdir too; and ":memory:" is a file
         self._synchronous = synchronous.upper()
-        self._timeout, self._founding = timeout, founding
+        self._timeout, self._founding, self._admitting = timeout, founding, admitting
         self._lock = threading.RLock()
         self._pid = os.getpid()
         self._conn: sqlite3.Connection | None = self._open()
+        self._founding = self._admitting = None  # they know the user's key
 
     @contextmanager
     def connection(self) -> Iterator[sqlite3.Connection]:
@@ -243,6 +246,8 @@ class StoreFile:
         try:
             self._refuse_newer(db)
             new = not migrations.applied(db)
+            if not new and self._admitting is not None:
+                self._admitting(conn)
             migrations.apply(db)
             if new and self._founding is not None:
                 self._founding(conn)

@@ -46,9 +46,11 @@ def scrub(file: StoreFile, *, wait: bool = True) -> None:
     with file.connection() as conn:
         left = marked(conn)
         with file.waiting(None if wait else 0.0):
-            _rewrite(conn)
-            busy, *_ = conn.execute("pragma wal_checkpoint(truncate)").fetchone()
-        if busy:
+            emptied = _empty_log(conn)
+            if emptied:  # else the file, written anew, would only be added to the log
+                _rewrite(conn)
+                emptied = _empty_log(conn)
+        if not emptied:
             raise ErasureError(
                 f"another process reads the store {file.path}, so its log still holds what was "
                 "erased, though no session does: close that process, and run `still-agent store "
@@ -61,6 +63,12 @@ def marked(conn: sqlite3.Connection) -> bytes | None:
     """The mark, while the file may hold what its rows do not."""
     row = conn.execute("select value from meta where name = ?", (MARK,)).fetchone()
     return None if row is None else row[0]
+
+
+def _empty_log(conn: sqlite3.Connection) -> bool:
+    """Put the log into the file; False if others who read it kept that from being done."""
+    busy, *_ = conn.execute("pragma wal_checkpoint(truncate)").fetchone()
+    return not busy
 
 
 def _rewrite(conn: sqlite3.Connection) -> None:

@@ -63,7 +63,7 @@ from still_memory.space import Space, measure
 from still_memory.span import Span
 from still_memory.spans_table import Packed, SpansTable
 from still_memory.taint import Deleted, Forks, Taint
-from still_memory.vault import Key, user_key
+from still_memory.vault import Key, Secret, user_key
 
 # A session and one of its checkpoints, as `_sealed` reads them.
 _STANDING = (
@@ -88,8 +88,7 @@ class MemoryStore:
     the environment's STILL_AGENT_KEY, if that is set. A store stays what it was made as, and
     EncryptionError tells of a key that does not fit.
     `bytes_written` counts what this object has put into rows: tensors, text, token ids,
-    checkpoints. `secret` is the user's key, None in a plain store. Every method may raise
-    StoreError.
+    checkpoints. Every method may raise StoreError.
     """
 
     def __init__(
@@ -110,26 +109,39 @@ class MemoryStore:
         self.tenant = tenants.check_tenant(tenant)
         secret = user_key(key)
         founding = None if secret is None else partial(vault.found, key=secret)
-        self._file = StoreFile(path, synchronous, timeout, founding)
+        admitting = partial(vault.unlocked, key=secret, path=Path(path).absolute())
+        self._file = StoreFile(path, synchronous, timeout, founding, admitting)
         self._keep = keep_checkpoints
         self.bytes_written = 0
         try:
             with self._file.reading() as conn:
                 whole = vault.unlocked(conn, secret, self.path)
             self.codec = self._settle_codec(codec)
+            erasure.go_on(self._file)
         except BaseException:
             self._file.close()
             raise
-        self.secret = secret
+        self._secret = secret
         self._vault = whole.of(self.tenant)
         self._owner_name = whole.name(self.tenant, *vault.TENANTS)
         self._spans = SpansTable(self._vault, self.codec)
-        erasure.go_on(self._file)
 
     @property
     def encrypted(self) -> bool:
         """Whether what was said is nowhere in the file as it was said."""
         return self._vault.encrypted
+
+    @property
+    def secret(self) -> Secret | None:
+        """The user's key, None in a plain store.
+
+        EncryptionError if another process has put the store under another one: nothing is to be
+        sealed with the old.
+        """
+        if self._secret is not None:
+            with self._file.reading() as conn:
+                vault.unlocked(conn, self._secret, self.path)
+        return self._secret
 
     @property
     def path(self) -> Path:
@@ -165,7 +177,7 @@ class MemoryStore:
         check_session_name(name)
         packed = self._pack(checkpoint, head.model)
         with self._file.writing() as conn:
-            text = self._settings(conn, head)
+            text = self._vouched(conn, head)
             start = replace(head, session=name, generation=0)
             forked, written = self._begin(conn, start, text, checkpoint, packed, [])
         self._committed(packed, head.model, written)
@@ -182,7 +194,7 @@ class MemoryStore:
         packed = self._pack(checkpoint, head.model)
         now = _now()
         with self._file.writing() as conn:
-            settings = self._settings(conn, head)
+            settings = self._vouched(conn, head)
             conn.execute(
                 "update sessions set generation = ?, updated = ? where id = ?",
                 (head.generation + 1, now, head.session_id),
@@ -227,24 +239,12 @@ class MemoryStore:
             return self._existing(session)
         except DamageError as damage:
             with self._file.reading() as conn:
-                rows = conn.execute(
-                    f"{_STANDING} where s.tenant = ? and s.name = ? order by c.generation desc",
-                    (self._owner(conn), self._stored(session)),
-                ).fetchall()
-                for row in rows:
-                    try:
-                        head = self._sealed(conn, session, row)
-                    except DamageError:
-                        continue
-                    turn, turns = rows[0][6:8]
-                    way = ledger.way(conn, turn)
-                    if len(way) == turns and (head.turn is None or head.turn in way):
-                        head = replace(head, turn=turn, turns=turns)
-                    (generation,) = conn.execute(
-                        "select generation from sessions where id = ?", (head.session_id,)
-                    ).fetchone()
-                    return replace(head, generation=generation)
-            raise damage
+                query = "select id from sessions where tenant = ? and name = ?"
+                row = conn.execute(query, (self._owner(conn), self._stored(session))).fetchone()
+                found = None if row is None else self._ledger(conn, session, *row)
+            if found is None:
+                raise damage
+            return found
 
     def kept(self, head: Head) -> list[Head]:
         """Where the session stood on its way to `head` and `load` still finds it, newest first."""
@@ -374,6 +374,7 @@ class MemoryStore:
             if head.turn is not None and not ledger.turn_exists(conn, tenant, head.turn):
                 # rows of the draft's own must not bring back what was forgotten
                 raise _moved_on(conn, tenant, head)
+            self._require_on_way(conn, head, made.turn)
             start = replace(made, session=name, generation=0)
             begun, written = self._begin(conn, start, settings, checkpoint, packed, turns)
             told = head.session_id, begun.session_id
@@ -401,7 +402,10 @@ class MemoryStore:
         with self._file.writing() as conn:
             settings = self._settings(conn, head)
             if made.session_id != head.session_id:
-                self._settings(conn, made)
+                self._vouched(conn, made)
+                self._require_on_way(conn, head, None)
+            else:
+                self._require_on_way(conn, head, made.turn)
             conn.execute(
                 "update sessions set generation = ?, updated = ?, model = ? where id = ?",
                 (head.generation + 1, now, self._model_id(conn, made.model), head.session_id),
@@ -511,18 +515,25 @@ class MemoryStore:
     def rekey(self, key: Key) -> None:
         """Put the store under another user's key; the present one does not open it any more.
 
-        It still opens copies of the file that were made before. No row is written again.
-        EncryptionError for a store that is not encrypted, and for what is no key.
+        It still opens copies of the file that were made before. No row is sealed again, but the
+        file is written anew, as `scrub` does it: else a part of it might still hold what the
+        present key opens.
+
+        EncryptionError for a store that is not encrypted, and for what is no key. ErasureError if
+        another process reads the store for longer than its timeout: the new key is in force then,
+        and the log opens with the old one until `scrub`.
         """
         secret = user_key(key)
-        if self.secret is None or secret is None:
+        if self._secret is None or secret is None:
             raise EncryptionError(
                 f"the store {self.path} is not encrypted: export its sessions and import them into "
                 "a new store that is"
             )
-        with self._file.erasing() as conn:
-            vault.rewrap(conn, self.secret, secret, self.path)
-        self.secret = secret
+        with self._file.overwriting() as conn:
+            vault.rewrap(conn, self._secret, secret, self.path)
+            erasure.mark(conn)
+        self._secret = secret
+        erasure.scrub(self._file)
 
     def prune(
         self, retention: Retention, *, dry_run: bool = False, all_tenants: bool = False
@@ -702,6 +713,7 @@ class MemoryStore:
     def _replace(self, conn: sqlite3.Connection, head: Head, draft: Head, now: str) -> Head:
         """Put a saved draft in place of the session's own state; its spans are not read."""
         settings = self._settings(conn, head)
+        self._require_on_way(conn, head, None)
         self._settings(conn, draft)
         query = f"{_STANDING} and c.generation = s.generation where s.id = ?"
         row = conn.execute(query, (draft.session_id,)).fetchone()
@@ -768,6 +780,68 @@ class MemoryStore:
             raise _moved_on(conn, tenant, head)
         settings: str = row[0]
         return settings
+
+    def _vouched(self, conn: sqlite3.Connection, head: Head) -> str:
+        """What `_settings` gives, if the session is as its newest checkpoint vouches for it.
+
+        The next seal will cover these settings and the digest of the turn at `head`. Were they not
+        looked at here, under the lock, it would make good whatever has become of them since.
+        """
+        tenant = self._owner(conn)
+        row = conn.execute(
+            f"{_STANDING} and c.generation = s.generation"
+            " where s.id = ? and s.generation = ? and s.tenant = ?",
+            (head.session_id, head.generation, tenant),
+        ).fetchone()
+        if row is None:
+            raise _moved_on(conn, tenant, head)
+        newest = self._sealed(conn, head.session, row)
+        if head.turn not in (None, newest.turn):
+            query = (
+                "select o.id, o.name from sessions s join sessions o on o.id = s.draft_of"
+                " where s.id = ?"
+            )
+            origin = conn.execute(query, (head.session_id,)).fetchone()
+            if origin is None:
+                self._require_among(conn, head, newest.turn)
+            else:  # a draft may go on with turns of the session that it is of
+                _, name = self._vault.names(self._owner_name, origin[1])
+                source = replace(head, session=name, session_id=origin[0])
+                self._require_on_way(conn, source, head.turn)
+        settings: str = row[2]
+        return settings
+
+    def _ledger(self, conn: sqlite3.Connection, session: str, identity: int) -> Head | None:
+        """Where the session's turns end, as its newest checkpoint that is whole vouches for it."""
+        query = f"{_STANDING} where s.id = ? order by c.generation desc"
+        rows = conn.execute(query, (identity,)).fetchall()
+        for row in rows:
+            try:
+                head = self._sealed(conn, session, row)
+            except DamageError:
+                continue
+            turn, turns = rows[0][6:8]
+            way = ledger.way(conn, turn)
+            if len(way) == turns and (head.turn is None or head.turn in way):
+                head = replace(head, turn=turn, turns=turns)
+            query = "select generation from sessions where id = ?"
+            (generation,) = conn.execute(query, (identity,)).fetchone()
+            return replace(head, generation=generation)
+        return None
+
+    def _require_on_way(self, conn: sqlite3.Connection, head: Head, turn: int | None) -> None:
+        """As `_vouched`, for what mends a session: an older checkpoint may vouch for it."""
+        known = self._ledger(conn, head.session, head.session_id)
+        if known is None:
+            raise _damaged(head.session, "none of its checkpoints matches its digest")
+        if turn is not None:
+            self._require_among(conn, replace(head, turn=turn), known.turn)
+
+    def _require_among(self, conn: sqlite3.Connection, head: Head, last: int | None) -> None:
+        """The turn of `head` leads to `last`, and each turn on that way is as it was written."""
+        if head.turn not in {turn.id for turn in ledger.read(conn, self._vault, last)}:
+            self._settings(conn, head)
+            raise _damaged(head.session, f"turn {head.turn} does not lead to where it stands")
 
     def _require_turn(self, conn: sqlite3.Connection, head: Head) -> None:
         """Tell a turn that another writer has rewound or deleted from one that is damaged."""

@@ -42,6 +42,13 @@ _PLACE = b"still store key"
 _MAKE = "make one with `openssl rand -hex 32`"
 
 
+class Secret(bytes):
+    """A user's key, which no log or traceback shows."""
+
+    def __repr__(self) -> str:
+        return "<a key>"
+
+
 class Vault:
     """Of a tenant, in a store that is not encrypted: every field is as it is.
 
@@ -209,7 +216,7 @@ def rewrap(conn: sqlite3.Connection, old: bytes, new: bytes, path: Path) -> None
     conn.execute("update meta set value = ? where name = 'sealed key'", told)
 
 
-def user_key(given: Key | None) -> bytes | None:
+def user_key(given: Key | None) -> Secret | None:
     """The 32 bytes of a user's key: those given, as hex or base64 too, or the environment's.
 
     None if there is none. EncryptionError for what is no key, and without the cipher's library.
@@ -229,7 +236,7 @@ def user_key(given: Key | None) -> bytes | None:
         given = _read_key(given.strip())
     if not isinstance(given, bytes) or len(given) != 32:
         raise EncryptionError(f"a key is 32 bytes, or these as hex or base64: {_MAKE}")
-    return given
+    return Secret(given)
 
 
 def _read_key(text: str) -> bytes | None:

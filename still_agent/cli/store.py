@@ -55,7 +55,8 @@ def check(store: StorePath = DEFAULT_STORE, as_json: AsJson = False) -> None:
 def rekey(store: StorePath = DEFAULT_STORE) -> None:
     """Put an encrypted store under another key: STILL_AGENT_NEW_KEY, instead of STILL_AGENT_KEY.
 
-    No row is written again. The old key opens earlier copies of the file still.
+    The file is written anew, so that nothing in it opens with the old key; earlier copies of it
+    still do. Where another process reads it meanwhile, `store scrub` has to be run once more.
     """
     import os
 

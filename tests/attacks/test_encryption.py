@@ -26,10 +26,12 @@ from still_memory.checkpoint import Checkpoint, Entry
 from still_memory.errors import (
     DamageError,
     EncryptionError,
+    ErasureError,
     InputError,
     StillError,
     UnknownSessionError,
 )
+from still_memory.migrations import APPLICATION_ID
 from still_memory.portable import Portable
 from still_memory.records import NewTurn
 from still_memory.retention import Retention
@@ -719,6 +721,48 @@ def test_a_store_changes_its_key(path: Path, opened: Callable[..., MemoryStore])
     assert read(opened(key=OTHER)) == before and check_store(path, key=OTHER).findings == []
     store.close()
     assert sealed not in path.read_bytes()  # what the old key would open is overwritten
+
+
+def test_the_old_key_is_nowhere_and_seals_nothing_more(
+    path: Path, opened: Callable[..., MemoryStore]
+) -> None:
+    log, old = path.with_name(path.name + "-wal"), sealed_key(path)
+    store, other = opened(timeout=0.2), opened()
+    reader = sqlite3.connect(path, isolation_level=None)
+    reader.execute("begin")
+    reader.execute("select count(*) from turns").fetchone()
+    with pytest.raises(ErasureError, match="store scrub"):
+        store.rekey(OTHER)
+    assert store.secret == OTHER  # in force all the same
+    with pytest.raises(EncryptionError, match="does not open"):
+        other.secret  # noqa: B018  # as an export asks for it
+    reader.close()
+    store.scrub()
+    assert old not in path.read_bytes() and old not in log.read_bytes()
+    again = sealed_key(path)
+    store.rekey(KEY)  # nobody reads now
+    assert again not in path.read_bytes() and again not in log.read_bytes()
+
+
+def test_a_key_is_not_shown(opened: Callable[..., MemoryStore]) -> None:
+    store = opened()
+    assert repr(store.secret) == repr(user_key(KEY)) == "<a key>"
+    assert store._file._founding is None and store._file._admitting is None
+
+
+def test_a_key_too_many_changes_no_older_store(tmp_path: Path) -> None:
+    stores = Path(__file__).parents[1] / "memory" / "stores"
+    path = tmp_path / "old.db"
+    conn = sqlite3.connect(path)
+    conn.executescript((stores / "m004_drafts.sql").read_text("utf-8"))
+    conn.execute(f"pragma application_id = {APPLICATION_ID}")
+    conn.commit()
+    before = list(conn.iterdump())
+    with pytest.raises(EncryptionError, match="is not encrypted"):
+        MemoryStore(path, key=KEY)
+    assert list(conn.iterdump()) == before
+    conn.close()
+    MemoryStore(path).close()
 
 
 def test_a_plain_store_has_no_key_to_change(tmp_path: Path) -> None:

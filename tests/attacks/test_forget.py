@@ -13,7 +13,15 @@ from pathlib import Path
 
 import pytest
 
-from still_memory.errors import ConflictError, ErasureError, TaintedError, UnknownSessionError
+from still_memory import erasure
+from still_memory.database import StoreFile
+from still_memory.errors import (
+    ConflictError,
+    ErasureError,
+    StoreError,
+    TaintedError,
+    UnknownSessionError,
+)
 from still_memory.records import NewTurn
 from still_memory.store import MemoryStore
 from tests.attacks import traces
@@ -70,6 +78,44 @@ def test_who_reads_meanwhile_keeps_the_log_and_is_named(tmp_path: Path) -> None:
         assert db.execute("select name from meta").fetchall() == [("key",)]
     store.close()
     check_file(path)
+
+
+def test_openings_meanwhile_do_not_write_the_file_into_its_log(tmp_path: Path) -> None:
+    path, log = tmp_path / "s.db", tmp_path / "s.db-wal"
+    store = MemoryStore(path, timeout=0.2)
+    turn = told(store)
+    with closing(sqlite3.connect(path, isolation_level=None)) as reader:
+        reader.execute("begin")
+        reader.execute("select count(*) from turns").fetchone()
+        with pytest.raises(ErasureError):
+            forget(store, [turn], "keep", state(20))
+        before = log.stat().st_size
+        for _ in range(3):
+            MemoryStore(path).close()
+        with pytest.raises(ErasureError):
+            store.scrub()
+        assert log.stat().st_size == before
+    store.close()
+
+
+def test_an_opening_that_fails_closes_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[StoreFile] = []
+    close = StoreFile.close
+
+    def fails(_: StoreFile) -> None:
+        raise StoreError("the disk is full")
+
+    def closing_it(file: StoreFile) -> None:
+        closed.append(file)
+        close(file)
+
+    monkeypatch.setattr(erasure, "go_on", fails)
+    monkeypatch.setattr(StoreFile, "close", closing_it)
+    with pytest.raises(StoreError, match="disk is full"):
+        MemoryStore(tmp_path / "s.db")
+    assert len(closed) == 1
 
 
 def test_a_late_writer_brings_nothing_back(tmp_path: Path) -> None:

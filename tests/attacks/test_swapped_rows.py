@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from still_memory.check import check_store
 from still_memory.errors import ConflictError, DamageError, StillError
-from still_memory.records import NewTurn
+from still_memory.records import Head, NewTurn
 from still_memory.store import MemoryStore
 from tests.attacks.states import MODEL, fill, mark, state, told
 
@@ -182,6 +184,110 @@ def test_an_older_generation_is_not_built_upon(
     store = changed(run("update sessions set generation = 2 where name = 'alice'"))
     with pytest.raises(ConflictError):
         store.commit(head, state(9), [NewTurn("user", "again", [1])])
+
+
+ROOTS = swap(
+    "turns",
+    "role, created, usage, digest, tokens, text",
+    "text = 'alice says heron 0'",
+    "text = 'bob says heron 0'",
+)
+AGAIN = [NewTurn("user", "again", [1])]
+Late = Callable[[MemoryStore], object]
+
+
+def draft_of(store: MemoryStore, head: Head) -> Head:
+    return store.save_draft(head, replace(head, turn=None, turns=0), state(9), [])
+
+
+def forgetting(store: MemoryStore, head: Head) -> Late:
+    made = draft_of(store, head)
+    assert head.turn is not None
+    turns = [head.turn]
+    return lambda late: late.forget(turns, [(head, made)])
+
+
+def adopting(store: MemoryStore, head: Head) -> Late:
+    made = draft_of(store, head)
+    return lambda late: late.adopt(head, made, state(9), AGAIN)
+
+
+VERBS: dict[str, Callable[[MemoryStore, Head], Late]] = {
+    "commit": lambda _, head: lambda late: late.commit(head, state(9), AGAIN),
+    "fork": lambda _, head: lambda late: late.fork(head, "fork", state(9)),
+    "draft": lambda _, head: lambda late: late.save_draft(head, head, state(9), AGAIN),
+    "adopt": lambda _, head: lambda late: late.adopt(head, head, state(9), AGAIN),
+    "adopt a draft": adopting,
+    "forget": forgetting,
+}
+
+
+@pytest.mark.parametrize("verb", VERBS.values(), ids=VERBS.keys())
+@pytest.mark.parametrize("what", ["settings", "turns"])
+def test_what_is_written_after_a_swap_does_not_vouch_for_it(
+    what: str, verb: Callable[[MemoryStore, Head], Late], tmp_path: Path
+) -> None:
+    """By a writer who had read the session before: a new seal would cover what was swapped in."""
+    path = tmp_path / "late.db"
+    with MemoryStore(path) as store:
+        head, _ = (
+            store.create(
+                name,
+                MODEL,
+                checkpoint=state(place),
+                turns=[NewTurn("user", f"{name} says heron 0", [place])],
+                settings={"system": name},
+            )
+            for place, name in enumerate(["alice", "bob"])
+        )
+        late = verb(store, head)
+        conn = sqlite3.connect(path)
+        (SWAPS["the system prompts"] if what == "settings" else ROOTS)(conn)
+        conn.commit()
+        conn.close()
+        with pytest.raises(DamageError):
+            late(store)
+        with pytest.raises(DamageError):
+            store.head("alice")
+    assert check_store(path).damaged
+
+
+@pytest.mark.parametrize("verb", ["commit", "fork", "draft", "adopt"])
+def test_nor_does_who_goes_back_to_a_swapped_turn(verb: str, path: Path) -> None:
+    with MemoryStore(path) as store:
+        head = store.head("alice")
+        assert head is not None
+        root = replace(head, turn=store.history(head)[0].id, turns=1)
+        first = {"draft": head, "adopt": head}.get(verb, root)
+        late = {
+            "commit": lambda: store.commit(root, state(9), []),
+            "fork": lambda: store.fork(root, "fork", state(9)),
+            "draft": lambda: store.save_draft(first, root, state(9), AGAIN),
+            "adopt": lambda: store.adopt(first, root, state(9), AGAIN),
+        }[verb]
+        conn = sqlite3.connect(path)
+        ROOTS(conn)
+        conn.commit()
+        conn.close()
+        with pytest.raises(DamageError):
+            late()
+        assert store.head("fork") is None and store.draft(head) is None
+
+
+def test_who_goes_back_does_so_on_the_sessions_own_way(path: Path) -> None:
+    with MemoryStore(path) as store:
+        head = store.head("alice")
+        assert head is not None
+        other = replace(head, turn=store.history("bob")[0].id, turns=1)
+        for late in (
+            lambda: store.commit(other, state(9), []),
+            lambda: store.fork(other, "fork", state(9)),
+            lambda: store.save_draft(head, other, state(9), []),
+            lambda: store.adopt(head, other, state(9), []),
+        ):
+            with pytest.raises(DamageError, match="does not lead"):
+                late()
+        assert store.head("alice") == head
 
 
 def test_references_lost_are_no_silent_loss(
