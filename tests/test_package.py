@@ -1,4 +1,4 @@
-"""What is installed: two packages, their data, and nothing with a borrowed name."""
+"""What is installed: three packages, their data, and nothing with a borrowed name."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
 
 def test_a_wheel_holds_the_packages_and_no_other_top_level_name(wheel: zipfile.ZipFile) -> None:
     names = {name.split("/")[0] for name in wheel.namelist()}
-    assert {n for n in names if not n.endswith(".dist-info")} == {"still_agent", "still_memory"}
+    packages = {"still_agent", "still_memory", "langchain_still"}
+    assert {n for n in names if not n.endswith(".dist-info")} == packages
 
 
 def test_nothing_called_memory_or_integrations_is_installed(wheel: zipfile.ZipFile) -> None:
@@ -33,6 +34,7 @@ def test_nothing_called_memory_or_integrations_is_installed(wheel: zipfile.ZipFi
     [
         "still_agent/py.typed",
         "still_memory/py.typed",
+        "langchain_still/py.typed",
         "still_agent/evaluation/words.txt",
         "still_agent/reference/books/wizard_of_oz.txt",
         "still_agent/reference/model/tokenizer.tiktoken",
@@ -47,14 +49,18 @@ def test_package_data_is_in_the_wheel(wheel: zipfile.ZipFile, path: str) -> None
     assert wheel.getinfo(path).file_size == (ROOT / source(path)).stat().st_size
 
 
+FOLDERS = {"still_memory": "memory", "langchain_still": "integrations"}
+
+
 def source(path: str) -> str:
-    return f"memory/{path}" if path.startswith("still_memory") else path
+    folder = FOLDERS.get(path.split("/")[0])
+    return path if folder is None else f"{folder}/{path}"
 
 
 def test_every_module_is_in_the_wheel(wheel: zipfile.ZipFile) -> None:
     modules = {p.relative_to(ROOT).as_posix() for p in (ROOT / "still_agent").rglob("*.py")}
-    folder = ROOT / "memory"
-    modules |= {p.relative_to(folder).as_posix() for p in folder.rglob("*.py")}
+    for folder in (ROOT / name for name in FOLDERS.values()):
+        modules |= {p.relative_to(folder).as_posix() for p in folder.rglob("*.py")}
     assert modules <= set(wheel.namelist())
 
 
