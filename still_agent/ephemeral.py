@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from itertools import takewhile
 from typing import Protocol
 
 import torch
@@ -18,6 +19,7 @@ from still_memory.codec import EXACT, check_codec
 from still_memory.drafts_table import name_of
 from still_memory.errors import ConflictError, TaintedError, UnknownSessionError, deleted
 from still_memory.identity import ModelIdentity
+from still_memory.recognition import THREAD, Known, thread_of
 from still_memory.records import (
     MAX_SESSION_NAME,
     Head,
@@ -50,7 +52,15 @@ class Store(Protocol):
 
     def commit(self, head: Head, checkpoint: Checkpoint, turns: Sequence[NewTurn]) -> Head: ...
 
-    def fork(self, head: Head, name: str, checkpoint: Checkpoint) -> Head: ...
+    def fork(
+        self, head: Head, name: str, checkpoint: Checkpoint, thread: str | None = None
+    ) -> Head: ...
+
+    def recognise(
+        self, told: Sequence[tuple[str, str]], thread: str, model: ModelIdentity
+    ) -> Known | None: ...
+
+    def branches(self, thread: str) -> list[str]: ...
 
     def head(self, session: str) -> Head | None: ...
 
@@ -121,12 +131,31 @@ class EphemeralStore:
             start = Head(session, 0, 0, 0, None, 0, 0, model, dict(settings))
             return self._advance(self._begin(start, [], checkpoint), checkpoint, turns)
 
-    def fork(self, head: Head, name: str, checkpoint: Checkpoint) -> Head:
+    def fork(
+        self, head: Head, name: str, checkpoint: Checkpoint, thread: str | None = None
+    ) -> Head:
         check_session_name(name)
         with self._lock:
             shared = list(map(_copy, self._at(head).turns[: head.turns]))
-            start = replace(head, session=name, generation=0, settings=deepcopy(head.settings))
+            told = {key: deepcopy(v) for key, v in head.settings.items() if key != THREAD}
+            told |= {} if thread is None else {THREAD: thread}
+            start = replace(head, session=name, generation=0, settings=told)
             return self._advance(self._begin(start, shared, checkpoint), checkpoint, [])
+
+    def recognise(
+        self, told: Sequence[tuple[str, str]], thread: str, model: ModelIdentity
+    ) -> Known | None:
+        best: Known | None = None
+        for held in sorted(self._of_thread(thread), key=lambda held: held.updated):
+            pairs = zip(told, ((t.role, t.text) for t in held.turns), strict=False)
+            same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+            known = Known(held.head.session, same, same == held.head.turns)
+            if same and (best is None or (same, known.stands) >= (best.turns, best.stands)):
+                best = known
+        return best
+
+    def branches(self, thread: str) -> list[str]:
+        return [held.head.session for held in self._of_thread(thread)]
 
     def commit(self, head: Head, checkpoint: Checkpoint, turns: Sequence[NewTurn]) -> Head:
         with self._lock:
@@ -290,6 +319,14 @@ class EphemeralStore:
         head = replace(start, session_id=self._ids)
         self._sessions[name] = _Held(head, checkpoint, now, now, turns)
         return head
+
+    def _of_thread(self, thread: str) -> list[_Held]:
+        """A conversation's sessions, oldest first."""
+        return [
+            held
+            for held in self._named()
+            if thread == (held.head.session if (t := thread_of(held.head.settings)) is None else t)
+        ]
 
     def _named(self) -> list[_Held]:
         """The sessions that are no drafts, as they are now; others may be begun meanwhile."""

@@ -147,14 +147,21 @@ def _check_rows(
 
 def _as_now(conn: sqlite3.Connection, applied: set[str]) -> None:
     """For this connection alone, the tables as the newest migration would leave them."""
-    if "m002_token_ids" not in applied:
-        conn.execute("create temp view spans as select *, null as ids from main.spans")
+    later = {
+        "m002_token_ids": {"spans": {"ids": "null"}},
+        "m004_drafts": {"sessions": {"draft_of": "null"}},
+        "m005_tenants": {t: {"tenant": "1"} for t in ("models", "sessions", "turns")},
+        "m006_recognition": {"turns": {"said": "null"}, "sessions": {"thread": "null"}},
+    }
     if "m005_tenants" not in applied:
         conn.execute("create temp view tenants as select 1 as id, '' as name")
-        drafts = "" if "m004_drafts" in applied else ", null as draft_of"
-        for table, more in (("models", ""), ("sessions", drafts), ("turns", "")):
-            view = f"select *, 1 as tenant{more} from main.{table}"
-            conn.execute(f"create temp view {table} as {view}")
+    missing: dict[str, list[str]] = {}
+    for migration, tables in later.items():
+        for table, columns in tables.items() if migration not in applied else ():
+            missing.setdefault(table, []).extend(f"{v} as {c}" for c, v in columns.items())
+    for table, added in missing.items():
+        view = f"select *, {', '.join(added)} from main.{table}"
+        conn.execute(f"create temp view {table} as {view}")
 
 
 def _open(path: Path, timeout: float) -> sqlite3.Connection:

@@ -11,10 +11,10 @@ from collections.abc import Iterator, Mapping
 from datetime import datetime
 
 from still_memory import checkpoints_table, drafts_table, erasure, ledger
-from still_memory.digests import digest
 from still_memory.errors import StoreError
 from still_memory.findings import Noted
 from still_memory.identity import ModelIdentity
+from still_memory.recognition import thread_of
 from still_memory.records import Head, check_session_name
 from still_memory.span import Span
 from still_memory.spans_table import SpansTable
@@ -59,12 +59,12 @@ def sessions(conn: sqlite3.Connection, vault: Vault, noted: Noted) -> None:
     """Names, times and settings can be read, and the head is the newest checkpoint."""
     rows = conn.execute(
         "select s.id, n.name, s.name, m.tenant != s.tenant, o.tenant != s.tenant, s.generation,"
-        " s.created, s.updated, s.settings,"
+        " s.created, s.updated, s.settings, s.thread,"
         " (select max(c.generation) from checkpoints c where c.session = s.id)"
         " from sessions s left join tenants n on n.id = s.tenant"
         " left join models m on m.id = s.model left join sessions o on o.id = s.draft_of"
     )
-    for row, tenant, stored, model, origin, generation, created, updated, settings, newest in rows:
+    for row, tenant, stored, model, origin, generation, *times, settings, thread, newest in rows:
         name = noted.named(tenant or "", stored)
         if model:
             noted.add("session", "its model is another tenant's", sessions=[name], row=row)
@@ -75,9 +75,12 @@ def sessions(conn: sqlite3.Connection, vault: Vault, noted: Noted) -> None:
             own = vault.open_name(stored, *sessions_of(tenant or ""))
             if not (type(own) is str and drafts_table.is_name(own)):
                 check_session_name(own)
-            datetime.fromisoformat(created), datetime.fromisoformat(updated)
+            for time in times:
+                datetime.fromisoformat(time)
             whose = vault.of(vault.open_name(tenant or "", *TENANTS))
-            json.loads(whose.open_text(settings, "settings"))
+            told = thread_of(json.loads(whose.open_text(settings, "settings")))
+            if thread != (None if told is None else vault.name(told, *sessions_of(tenant or ""))):
+                raise ValueError("it is not listed under its thread")
         except (ValueError, RecursionError) as error:
             noted.add("session", f"it cannot be read ({error})", sessions=[name], row=row)
         if newest is None or newest < generation:
@@ -92,10 +95,11 @@ def sessions(conn: sqlite3.Connection, vault: Vault, noted: Noted) -> None:
 def turns(conn: sqlite3.Connection, vaults: Mapping[int, Vault], noted: Noted) -> Iterator[int]:
     """Each turn matches its digest, and follows one that was there before it."""
     rows = conn.execute(
-        "select t.id, t.tenant, t.parent, p.id, p.tenant, p.digest, t.digest, t.role, t.created,"
-        " t.usage, t.tokens, t.text from turns t left join turns p on p.id = t.parent order by t.id"
+        "select t.id, t.tenant, t.parent, p.id, p.tenant, p.digest, t.digest, t.said, t.role,"
+        " t.created, t.usage, t.tokens, t.text from turns t left join turns p on p.id = t.parent"
+        " order by t.id"
     )
-    for done, (row, tenant, parent, there, its, above, mark, *said) in enumerate(rows, 1):
+    for done, (row, tenant, parent, there, its, above, mark, told, *said) in enumerate(rows, 1):
         try:
             if tenant not in vaults:
                 raise ValueError("its tenant is not known")
@@ -105,7 +109,7 @@ def turns(conn: sqlite3.Connection, vaults: Mapping[int, Vault], noted: Noted) -
                 raise ValueError("it follows a turn that is later than itself")
             if parent is not None and there is None:
                 continue  # told with the references
-            if digest(vaults[tenant].key, b"still turn", above or b"", *said) != mark:
+            if ledger.mark(vaults[tenant], above or b"", told, said) != mark:
                 raise ValueError("it does not match its digest")
             said = [*ledger.opened(vaults[tenant], above or b"", said)]
             datetime.fromisoformat(said[1]), json.loads(said[2])

@@ -1,7 +1,9 @@
 """The ledger: the text and token ids of every turn, from which any state can be rebuilt.
 
 A turn names its parent, so a conversation is a path to a root. Its digest covers its parent's,
-so that the digest of the last turn, which the checkpoint covers, stands for all of them.
+so that the digest of the last turn, which the checkpoint covers, stands for all of them. Another
+digest, `said`, is of roles and texts alone, up to it: two conversations that say the same have the
+same one, so that a conversation can be found by what was said in it.
 """
 
 from __future__ import annotations
@@ -36,20 +38,44 @@ def append(
     DamageError if `parent` is no turn of the tenant's.
     """
     above = turn_digest(conn, tenant, parent)
+    said = said_up_to(conn, parent)
     written = 0
     for turn in turns:
-        row = _sealed(vault, above, _row(turn, now))
-        above = digest(vault.key, b"still turn", above, *row)
+        plain = _row(turn, now)
+        row = _sealed(vault, above, plain)
+        said = None if said is None else said_after(vault, said, plain[0], plain[-1])
+        above = mark(vault, above, said, row)
         cursor = conn.execute(
-            "insert into turns (tenant, parent, role, created, usage, tokens, text, digest)"
-            " values (?, ?, ?, ?, ?, ?, ?, ?)",
-            (tenant, parent, *row, above),
+            "insert into turns (tenant, parent, role, created, usage, tokens, text, said, digest)"
+            " values (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (tenant, parent, *row, said, above),
         )
         parent = cursor.lastrowid
         assert parent is not None
         words.add(conn, vault, parent, turn.text)
         written += sum(len(part if isinstance(part, bytes) else part.encode()) for part in row)
     return parent, above, written
+
+
+def mark(vault: Vault, above: bytes, said: bytes | None, row: Sequence[Any]) -> bytes:
+    """The digest of a turn's row, after the turn whose digest is `above`."""
+    told = () if said is None else (said,)
+    return digest(vault.key, b"still turn", above, *row, *told)
+
+
+def said_after(vault: Vault, said: bytes, role: str, text: str) -> bytes:
+    """What tells a conversation by what was said in it, after one more turn; empty before any."""
+    return digest(vault.key, b"still said", said, role, text)
+
+
+def said_up_to(conn: sqlite3.Connection, turn: int | None) -> bytes | None:
+    """As the turn's row has it; None for one from before `m006_recognition`, or after such."""
+    if turn is None:
+        return b""
+    row: tuple[bytes | None] = conn.execute(
+        "select said from turns where id = ?", (turn,)
+    ).fetchone()
+    return row[0]
 
 
 def turn_digest(conn: sqlite3.Connection, tenant: int, turn: int | None) -> bytes:
@@ -69,15 +95,15 @@ def read(conn: sqlite3.Connection, vault: Vault, last: int | None) -> list[TurnR
         "with recursive path (id, parent) as ("
         "  select id, parent from turns where id = ?"
         "  union select t.id, t.parent from path join turns t on t.id = path.parent)"
-        " select t.id, t.parent, t.digest, t.role, t.created, t.usage, t.tokens, t.text"
+        " select t.id, t.parent, t.digest, t.said, t.role, t.created, t.usage, t.tokens, t.text"
         " from path join turns t using (id) order by t.id",
         (last,),
     ).fetchall()
     above, parent = b"", None
     turns: list[TurnRecord] = []
     for row in rows:
-        identity, named, stored, *rest = row
-        before, above = above, digest(vault.key, b"still turn", above, *rest)
+        identity, named, stored, said, *rest = row
+        before, above = above, mark(vault, above, said, rest)
         if named != parent or stored != above:
             raise DamageError(
                 f"turn {identity} is damaged or one before it is missing; restore the store "
@@ -130,15 +156,15 @@ def texts(conn: sqlite3.Connection, vault: Vault, last: int | None) -> Iterator[
 def read_one(conn: sqlite3.Connection, vault: Vault, turn: int, number: int) -> TurnRecord:
     """A turn, checked against its digest and that of the one before it."""
     row = conn.execute(
-        "select t.parent, p.digest, t.digest, t.role, t.created, t.usage, t.tokens, t.text"
+        "select t.parent, p.digest, t.digest, t.said, t.role, t.created, t.usage, t.tokens, t.text"
         " from turns t left join turns p on p.id = t.parent where t.id = ?",
         (turn,),
     ).fetchone()
     if row is None:
         raise missing(turn)
-    parent, above, stored, *rest = row
+    parent, above, stored, said, *rest = row
     above = above or b""
-    if digest(vault.key, b"still turn", above, *rest) != stored:
+    if mark(vault, above, said, rest) != stored:
         raise DamageError(f"turn {turn} is damaged; restore the store from a copy")
     return _record(number, turn, parent, *_opened(vault, above, turn, rest))
 

@@ -56,6 +56,13 @@ def m005_tenants(db: Database) -> None:
         db.conn.execute(statement)
 
 
+@migrations()
+def m006_recognition(db: Database) -> None:
+    """A conversation is found by what was said in it; sessions are branches of one."""
+    for statement in _M006.split(";"):
+        db.conn.execute(statement)
+
+
 _M001 = """
 create table meta (
     name text primary key,
@@ -178,4 +185,12 @@ alter table new_sessions rename to sessions;
 create unique index sessions_draft_of on sessions (draft_of) where draft_of not null;
 
 alter table turns add column tenant integer not null default 1 references tenants (id)
+"""
+
+# Turns from before have no such digest, and are not found by it.
+_M006 = """
+alter table turns add column said blob;
+create index turns_said on turns (said) where said not null;
+alter table sessions add column thread text;
+create index sessions_thread on sessions (tenant, thread) where thread not null
 """

@@ -28,6 +28,7 @@ from still_memory import (
     drafts_table,
     erasure,
     ledger,
+    recognition,
     taint,
     tenants,
     vault,
@@ -48,6 +49,7 @@ from still_memory.errors import (
 )
 from still_memory.identity import ModelIdentity
 from still_memory.prune import Pruned, prune
+from still_memory.recognition import THREAD, Known, thread_of
 from still_memory.records import (
     Head,
     Match,
@@ -156,7 +158,10 @@ class MemoryStore:
         turns: Sequence[NewTurn],
         settings: Mapping[str, JsonValue],
     ) -> Head:
-        """A new session with its first turns and state; ConflictError if the name is taken."""
+        """A new session with its first turns and state; ConflictError if the name is taken.
+
+        Settings may name the `thread` that it is a branch of.
+        """
         check_session_name(session)
         packed = self._pack(checkpoint, model)
         told = to_json(dict(settings), "settings")
@@ -167,18 +172,24 @@ class MemoryStore:
         self._committed(packed, model, written)
         return head
 
-    def fork(self, head: Head, name: str, checkpoint: Checkpoint) -> Head:
+    def fork(
+        self, head: Head, name: str, checkpoint: Checkpoint, thread: str | None = None
+    ) -> Head:
         """A new session that begins at the turn of `head`, in the state `checkpoint`.
 
         Turns and spans are shared, not copied. `head` may stand at any turn on the session's
-        way. ConflictError if the name is taken or the session has moved on from `head`;
+        way. It is a branch of `thread` or, without one, a conversation of its own. ConflictError
+        if the name is taken or the session has moved on from `head`;
         UnknownSessionError if it was deleted.
         """
         check_session_name(name)
         packed = self._pack(checkpoint, head.model)
         with self._file.writing() as conn:
-            text = self._vouched(conn, head)
-            start = replace(head, session=name, generation=0)
+            told = json.loads(self._vault.open_text(self._vouched(conn, head), "settings"))
+            told = {key: value for key, value in told.items() if key != THREAD}
+            told |= {} if thread is None else {THREAD: thread}
+            text = self._vault.seal_text(to_json(told, "settings"), "settings")
+            start = replace(head, session=name, generation=0, settings=told)
             forked, written = self._begin(conn, start, text, checkpoint, packed, [])
         self._committed(packed, head.model, written)
         return forked
@@ -245,6 +256,25 @@ class MemoryStore:
             if found is None:
                 raise damage
             return found
+
+    def recognise(
+        self, told: Sequence[tuple[str, str]], thread: str, model: ModelIdentity
+    ) -> Known | None:
+        """The branch of a conversation that has had the longest beginning of `told`.
+
+        told: roles and texts, oldest first. thread: the conversation's name; the empty one is of
+        those that have none. None if no session of this model has had its first turn.
+        """
+        with self._file.reading() as conn:
+            where = self._owner(conn), self._stored(thread), model.address
+            found = recognition.find(conn, self._vault, *where, told)
+            return None if found is None else replace(found, session=self._named(found.session))
+
+    def branches(self, thread: str) -> list[str]:
+        """The sessions of a conversation, oldest first: of its name, and those forked from it."""
+        with self._file.reading() as conn:
+            stored = recognition.branches(conn, self._owner(conn), self._stored(thread))
+        return [self._named(name) for name in stored]
 
     def kept(self, head: Head) -> list[Head]:
         """Where the session stood on its way to `head` and `load` still finds it, newest first."""
@@ -338,7 +368,7 @@ class MemoryStore:
             ).fetchall()
         found = []
         for stored, turns, tokens, slots, size, created, updated, model in rows:
-            _, name = self._vault.names(self._owner_name, stored)
+            name = self._named(stored)
             times = _time(created, name), _time(updated, name)
             found.append(SessionInfo(name, turns, tokens, slots, size, *times, model))
         return found
@@ -656,6 +686,7 @@ class MemoryStore:
     ) -> tuple[Head, int]:
         """The rows of a new session that begins at the turn of `start`."""
         name, tenant = start.session, tenants.enter(conn, self._owner_name)
+        thread = thread_of(start.settings)
         query = "select 1 from sessions where tenant = ? and name = ?"
         if conn.execute(query, (tenant, self._stored(name))).fetchone():
             raise ConflictError(
@@ -663,10 +694,14 @@ class MemoryStore:
             )
         now = _now()
         (identity,) = conn.execute(
-            "insert into sessions (tenant, name, generation, model, created, updated, settings)"
-            " values (?, ?, 1, ?, ?, ?, ?) returning id",
-            (tenant, self._stored(name), self._model_id(conn, start.model), now, now, settings),
-        ).fetchone()
+            "insert into sessions"
+            " (tenant, name, generation, model, created, updated, settings, thread)"
+            " values (?, ?, 1, ?, ?, ?, ?, ?) returning id",
+            (
+                tenant, self._stored(name), self._model_id(conn, start.model), now, now, settings,
+                None if thread is None else self._stored(thread),
+            ),
+        ).fetchone()  # fmt: skip
         start = replace(start, session_id=identity)
         head, written = self._advance(conn, start, settings, checkpoint, packed, turns, now)
         return head, written + len(settings)
@@ -805,8 +840,7 @@ class MemoryStore:
             if origin is None:
                 self._require_among(conn, head, newest.turn)
             else:  # a draft may go on with turns of the session that it is of
-                _, name = self._vault.names(self._owner_name, origin[1])
-                source = replace(head, session=name, session_id=origin[0])
+                source = replace(head, session=self._named(origin[1]), session_id=origin[0])
                 self._require_on_way(conn, source, head.turn)
         settings: str = row[2]
         return settings
@@ -853,6 +887,10 @@ class MemoryStore:
     def _stored(self, session: str) -> str:
         """A session's name as its row has it."""
         return self._vault.name(session, *vault.sessions_of(self._owner_name))
+
+    def _named(self, stored: str) -> str:
+        """A session's name, from what its row has; as it is there, if that is damaged."""
+        return self._vault.names(self._owner_name, stored)[1]
 
     def _require_absent(self, conn: sqlite3.Connection, tenant: int, session: str) -> None:
         """DamageError for a session that is there, and that the index of names has lost.

@@ -107,10 +107,12 @@ def test_a_store_is_read_by_the_page_alone(store: MemoryStore, state: Checkpoint
     nameless = json.dumps(identity, separators=(",", ":")).encode()
     assert model["address"] == hashlib.sha256(nameless).hexdigest()
 
-    parent, above, said = None, b"", []
+    parent, above, told, said = None, b"", b"", []
     for turn in rows("select * from turns order by id"):
         parts = (turn[c] for c in ("role", "created", "usage", "tokens", "text"))
-        above = digest(key, "still turn", above, *parts)
+        told = digest(key, "still said", told, turn["role"], turn["text"])
+        assert turn["said"] == told
+        above = digest(key, "still turn", above, *parts, told)
         assert (turn["parent"], turn["digest"]) == (parent, above)
         parent = turn["id"]
         ids = list(struct.unpack(f"<{len(turn['tokens']) // 4}I", turn["tokens"]))
@@ -289,7 +291,8 @@ def test_an_encrypted_store_is_opened_by_the_page_alone(
     assert said == {"role": b"user", "usage": b'{"n":1}', "text": "Pörto".encode(),
                     "tokens": struct.pack("<2I", 7, 8)}  # fmt: skip
     parts = (row[c] for c in ("role", "created", "usage", "tokens", "text"))
-    assert row["digest"] == digest(its, "still turn", b"", *parts)
+    assert row["said"] == digest(its, "still said", b"", "user", "Pörto")
+    assert row["digest"] == digest(its, "still turn", b"", *parts, row["said"])
     (head,) = conn.execute("select * from checkpoints")
     assert json.loads(opened(head["extra"], "extra", "ålice", 1)) == state.extra
     entries = json.loads(opened(head["entries"], "entries", "ålice", 1))
