@@ -4,29 +4,35 @@ from __future__ import annotations
 
 import shlex
 import threading
+from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Any, Self
 from weakref import WeakValueDictionary
 
 import torch
 
+from still_agent.answering import Answering, Place, branch_name, check_thread, turns_of
 from still_agent.budget import Budget
 from still_agent.compactor import choose_compactor
 from still_agent.ephemeral import EphemeralStore, Store
 from still_agent.events import OnCompaction, OnReplay
 from still_agent.forget import Forgotten, forget
+from still_agent.messages import Message
 from still_agent.models.frozen import FrozenModel
 from still_agent.models.loading import load_model
+from still_agent.past import stand_at
 from still_agent.rebuild import rebuild
 from still_agent.rolling import RollingState, require_fitting
 from still_agent.sampling import Sampling
 from still_agent.session import Session
 from still_agent.steps import Steps
 from still_agent.text import LONGEST, check_message
+from still_agent.tools import Tool, format_for
 from still_memory.checkpoint import Checkpoint
 from still_memory.codec import EXACT
 from still_memory.compactors.base import Compactor
@@ -38,11 +44,18 @@ from still_memory.errors import (
 )
 from still_memory.portable import UNVERIFIED, Portable
 from still_memory.prune import Pruned
+from still_memory.recognition import THREAD
 from still_memory.records import Head, NewTurn, SessionInfo, TurnRecord
 from still_memory.retention import Retention
 from still_memory.store import MemoryStore
 from still_memory.taint import Deleted, Forks, Later
 from still_memory.vault import Key
+
+if TYPE_CHECKING:
+    from still_agent.grammar import Grammars
+
+OPEN = 16  # sessions that stay open between calls of `answer`
+_TRIES = 3  # for sessions that others move on meanwhile
 
 
 class Agent:
@@ -58,6 +71,7 @@ class Agent:
         sampling: Sampling | None = None,
         on_compaction: OnCompaction | None = None,
         longest_message: int = LONGEST,
+        open_sessions: int = OPEN,
     ) -> None:
         self.model, self.compactor, self.store = model, compactor, store
         self.budget = budget or Budget()
@@ -68,7 +82,10 @@ class Agent:
         self._longest = longest_message
         # One live object a session: two would race for its head within one process.
         self._sessions: WeakValueDictionary[int, Session] = WeakValueDictionary()
+        # Those that `answer` used last stay open, for nobody else holds them between calls.
+        self._recent: deque[Session] = deque(maxlen=open_sessions)
         self._lock = threading.RLock()
+        self._form = format_for(model.model.config.model_type)
 
     @classmethod
     def load(
@@ -87,6 +104,7 @@ class Agent:
         codec: str | None = None,
         key: Key | None = None,
         longest_message: int = LONGEST,
+        open_sessions: int = OPEN,
     ) -> Self:
         """Load a model and open a store.
 
@@ -104,6 +122,7 @@ class Agent:
             that is made here or to open one that is encrypted; None is what the environment's
             STILL_AGENT_KEY says, if it is set.
         longest_message: characters that `send` and `stream` accept.
+        open_sessions: how many of the sessions that `answer` used last keep their live cache.
 
         Raises InputError, BudgetError, CompactorError, IdentityError, StoreError.
         """
@@ -127,6 +146,7 @@ class Agent:
             sampling=sampling,
             on_compaction=on_compaction,
             longest_message=longest_message,
+            open_sessions=open_sessions,
         )
         agent._command = _options(name, compactor, agent.budget, device, dtype)
         return agent
@@ -149,6 +169,80 @@ class Agent:
             except ConflictError:
                 continue
         raise ConflictError(f"session {id!r} is being made or moved on elsewhere; try again")
+
+    def answer(
+        self,
+        messages: Sequence[Message],
+        *,
+        session: str | None = None,
+        tools: Sequence[Tool] = (),
+        tool_choice: str = "auto",
+        schema: dict[str, Any] | None = None,
+        **sampling: Any,
+    ) -> Answering:
+        """The reply to a conversation that is given whole, as clients that keep no state send it.
+
+        What a session has had of it is recognised, and only the rest is read, with the reply in
+        one turn. Where the list is no continuation (a message was edited or left out, the system
+        prompt or the tools are others), a branch of the conversation is forked from the last turn
+        in common, or begun anew; `Answering.place` tells.
+
+        session: the conversation's name; its branches are called `name~2`, `name~3`, ... None: it
+            has none, and goes on in whichever nameless one has the same beginning.
+        tools: what the model may call. `tool_choice`: "auto", "required", "none", or a tool's name.
+        schema: a JSON schema that the reply is to be a value of; {} is any JSON.
+        sampling: options of `Sampling` for this call.
+
+        InputError for a list that asks for no reply, an unknown tool, or a schema that cannot be
+        kept to; IdentityError if the conversation is of another model.
+        """
+        thread, drawn = check_thread(session), self.sampling.but(**sampling)
+        told = turns_of(messages, tools, self._form, self._longest)
+        choose = None
+        if tools or schema is not None:
+            choose = self._grammars.constrain(
+                drawn, schema=schema, tools=tools, choice=tool_choice, format=self._form
+            )
+        return Answering(self, thread, told, drawn, choose, self._form if tools else None)
+
+    def place(self, thread: str, told: Sequence[tuple[str, str]]) -> Place:
+        """Where a conversation goes on; see `answering.Sessions`."""
+        pinned = told[0][1] if told[0][0] == "system" else None
+        for _ in range(_TRIES):  # again, if another writer moves on what was just recognised
+            known = self.store.recognise(told[:-1], thread, self.model.identity)
+            if known is None or (not known.stands and known.turns == int(pinned is not None)):
+                self._require_own(thread)
+                opened = self._begun(thread, pinned)
+                had = int(pinned is not None)
+                place = Place(opened, opened.head, had, opened.head.tokens)
+            elif (head := self.store.head(known.session)) is None:
+                continue
+            elif known.stands and head.turn == known.turn:
+                opened = self._resume(head)
+                place = Place(opened, head, known.turns)
+            elif [t.id for t in self.store.history(head)[: known.turns]][-1:] == [known.turn]:
+                opened = self._fork(head, self._free_name(thread), known.turns, thread, None)
+                read = 0 if opened.restored is None else opened.restored.replayed_tokens
+                place = Place(opened, opened.head, known.turns, read, known.session)
+            else:
+                continue
+            self._keep_open(opened)
+            return place
+        raise ConflictError(f"conversation {thread!r} is written by others all the while")
+
+    def branches(self, name: str) -> list[str]:
+        """The sessions of the conversation `name`, oldest first: see `answer`."""
+        return self.store.branches(check_thread(name))
+
+    def delete_thread(self, name: str, *, erase: bool = False) -> list[str]:
+        """Delete a conversation with all its branches; their names. See `delete`."""
+        gone: list[str] = []
+        for session in reversed(self.branches(name)):
+            if session not in gone:
+                gone += self.delete(session, forks="delete" if erase else "keep").sessions
+        if erase:
+            self.store.scrub()
+        return gone
 
     def sessions(self) -> list[SessionInfo]:
         """The tenant's conversations, newest first."""
@@ -316,6 +410,12 @@ class Agent:
                         session.last_reply, session.restored = None, how
         return forgotten
 
+    @cached_property
+    def _grammars(self) -> Grammars:
+        from still_agent.grammar import Grammars  # its library is an extra
+
+        return Grammars(self.model.tokenizer, self.model.vocab_size)
+
     @property
     def _secret(self) -> bytes | None:
         return self.store.secret if isinstance(self.store, MemoryStore) else None
@@ -342,7 +442,47 @@ class Agent:
                 "it was made"
             )
 
-    def _begin(self, id: str, system: str | None) -> Session:
+    def _fork(
+        self, head: Head, name: str, at: int, thread: str | None, on_replay: OnReplay | None
+    ) -> Session:
+        """A new session that begins as the one at `head` stood after turn `at`."""
+        state, steps = self._state()
+        past, restored = stand_at(state, steps, self.store, head, at, on_replay)
+        forked = self._opened(state, steps, self.store.fork(past, name, state.checkpoint(), thread))
+        forked.restored = restored
+        return forked
+
+    def _begun(self, thread: str, system: str | None) -> Session:
+        """A conversation's next session."""
+        for _ in range(2):  # again, if another process takes the name meanwhile
+            name = self._free_name(thread)
+            try:
+                return self._begin(name, system, thread if name != thread else None)
+            except ConflictError:
+                continue
+        raise ConflictError(f"conversation {thread!r} is being begun elsewhere; try again")
+
+    def _free_name(self, thread: str) -> str:
+        """What a conversation's next session is called."""
+        number = len(self.store.branches(thread)) + 1 if thread else 1
+        while self.store.head(name := branch_name(thread, number)) is not None:
+            number += 1
+        return name
+
+    def _keep_open(self, session: Session) -> None:
+        with self._lock:
+            with suppress(ValueError):
+                self._recent.remove(session)
+            self._recent.append(session)
+
+    def _require_own(self, thread: str) -> None:
+        """IdentityError if the conversation's sessions are all of another model."""
+        heads = [h for h in map(self.store.head, self.store.branches(thread)) if h is not None]
+        if thread and heads and all(h.model.address != self.model.identity.address for h in heads):
+            remedy = f"Load that model to go on, or {self._to_rebuild(heads[0].session)}"
+            self.model.identity.require(heads[0].model, f"session {heads[0].session!r}", remedy)
+
+    def _begin(self, id: str, system: str | None, thread: str | None = None) -> Session:
         tokenizer, (state, steps) = self.model.tokenizer, self._state()
         said = [] if system is None else tokenizer.message("system", system)
         state.pin([*tokenizer.start, *said])
@@ -352,7 +492,7 @@ class Agent:
             self.model.identity,
             checkpoint=state.checkpoint(),
             turns=turns,
-            settings={"system": system},
+            settings={"system": system} | ({} if thread is None else {THREAD: thread}),
         )
         return self._opened(state, steps, head)
 
@@ -372,7 +512,7 @@ class Agent:
             self.store,
             head,
             state.checkpoint(),
-            reopen=self._resume,
+            fork=self._fork,
             forget=self._forget,
             sampling=self.sampling,
             longest_message=self._longest,

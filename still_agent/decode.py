@@ -16,6 +16,8 @@ from still_agent.reply import Draft, Finish
 from still_agent.rolling import RollingState
 from still_agent.sampling import Sampler, Sampling
 
+Choose = Callable[[Tensor], int]  # from logits (vocab,) to the next token
+
 BLOCK = 2  # tokens that open and close a reasoning block
 
 
@@ -36,7 +38,7 @@ def answer(
     tokenizer: Tokenizer,
     message: Sequence[int],
     sampling: Sampling,
-    choose: Callable[[Tensor], int] | None = None,
+    choose: Choose | None = None,
     reasoning: int | None = None,
 ) -> Generator[str, None, Answer]:
     """Take in a message and reply to it: text pieces, then the `Answer`.

@@ -149,9 +149,9 @@ class EphemeralStore:
         for held in sorted(self._of_thread(thread), key=lambda held: held.updated):
             pairs = zip(told, ((t.role, t.text) for t in held.turns), strict=False)
             same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-            known = Known(held.head.session, same, same == held.head.turns)
-            if same and (best is None or (same, known.stands) >= (best.turns, best.stands)):
-                best = known
+            stands = same == held.head.turns
+            if same and (best is None or (same, stands) >= (best.turns, best.stands)):
+                best = Known(held.head.session, same, held.turns[same - 1].id, stands)
         return best
 
     def branches(self, thread: str) -> list[str]:

@@ -22,6 +22,7 @@ from still_agent.models.tokenizers import Tokenizer
 from still_agent.rolling import RollingState
 from still_agent.sampling import Sampling
 from still_agent.steps import Log, Steps, differences
+from still_agent.tools import FORMATS
 from still_memory.errors import DamageError
 from still_memory.records import TurnRecord
 
@@ -144,7 +145,15 @@ def _tell_again(
         try:
             next(replying)
         except StopIteration as found:
-            return str(found.value.text)
+            return _as_told(found.value.text, told.usage.get("tools"))
+
+
+def _as_told(text: str, tools: JsonValue) -> str:
+    """A reply as the ledger has it: one with tool calls in the form of its model."""
+    if not (isinstance(tools, str) and tools in FORMATS):
+        return text
+    form = FORMATS[tools]
+    return form.text(*form.parse(text))
 
 
 def _stop(logged: JsonValue) -> tuple[str, ...]:

@@ -12,9 +12,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
+from still_agent.messages import ToolCall
 from still_agent.models.tokenizers import TextStream, Tokenizer
+from still_agent.tools import ToolFormat
 
-Finish = Literal["stop", "length"]
+Finish = Literal["stop", "length", "tool_calls"]
 
 
 @dataclass(frozen=True)
@@ -26,18 +28,76 @@ class Usage:
     generated_tokens: int = 0
     compactions: int = 0
 
+    def __add__(self, before: Usage) -> Usage:
+        """Of this and of what came just before it."""
+        return Usage(
+            before.reused_tokens,
+            self.prefilled_tokens + before.prefilled_tokens,
+            self.generated_tokens + before.generated_tokens,
+            self.compactions + before.compactions,
+        )
+
     def to_json(self) -> dict[str, int]:
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What the model answered. `finish`: "stop" (it ended, or a stop string) or "length"."""
+    """What the model answered.
+
+    `finish`: "stop" (it ended, or a stop string), "length", or "tool_calls" if there are any.
+    """
 
     text: str
     usage: Usage
     finish: Finish
     reasoning: str = ""  # what stood in <think>…</think>
+    tool_calls: tuple[ToolCall, ...] = ()
+
+
+@dataclass(frozen=True)
+class Said:
+    """A whole reply: what its reader gets, and the text that the ledger keeps."""
+
+    content: str
+    calls: tuple[ToolCall, ...]
+    text: str
+
+
+class Shown:
+    """The pieces of a reply that may call tools: what comes before the calls.
+
+    tools: the form of calls; without it there are none, and every piece is shown as it comes.
+    """
+
+    def __init__(self, tools: ToolFormat | None) -> None:
+        self._tools = tools
+        self._text = ""
+        self._shown = 0
+
+    def push(self, piece: str) -> str:
+        """Take a piece; what can be shown by now."""
+        self._text += piece
+        if self._tools is None:
+            return self._show(len(self._text))
+        opening = self._tools.opening
+        at = self._text.find(opening, max(0, self._shown - len(opening)))
+        safe = self._text if at >= 0 else self._text.rstrip()
+        return self._show(at if at >= 0 else len(safe) - _begun(safe, opening))
+
+    def finish(self, text: str) -> tuple[Said, str]:
+        """The reply is `text`: what it says, and what of that was not shown yet."""
+        if self._tools is None:
+            return Said(text, (), text), ""
+        content, calls = self._tools.parse(text)
+        said = Said(content, calls, self._tools.text(content, calls))
+        return said, content[self._shown :]
+
+    def _show(self, end: int) -> str:
+        end = max(end, self._shown)
+        end = len(self._text[:end].rstrip()) if self._tools is not None else end
+        piece, self._shown = self._text[self._shown : end], max(end, self._shown)
+        return piece
 
 
 class Draft:

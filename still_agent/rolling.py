@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -38,6 +38,18 @@ from still_memory.span import Span, raw_slots
 
 PREFILL = 512  # tokens of one forward pass, so that activations stay bounded
 _REMEDY = "the compactor is at fault: use another one"
+
+
+@dataclass(frozen=True)
+class Standing:
+    """A span where it stands: the slots that tokens `[tokens_start, tokens_end)` take."""
+
+    share: Share
+    level: int  # tier, in the tiered schedule
+    slots: int  # in the mean layer
+    tokens_start: int
+    tokens_end: int
+    rounds: int
 
 
 class RollingState:
@@ -83,6 +95,16 @@ class RollingState:
         held = {s: sum(e.slots for e in self._entries if e.share == s) for s in SHARES}
         held["tail"] += len(self._open)
         return held
+
+    @property
+    def layout(self) -> list[Standing]:
+        """What the slots are, oldest first."""
+        held = [
+            Standing(e.share, e.level, e.slots, e.low, e.high, e.span.rounds) for e in self._entries
+        ]
+        n = len(self._open)
+        newest = Standing("tail", 0, n, self.length - n, self.length, 0)
+        return [*held, newest] if n else held
 
     @property
     def free(self) -> int:

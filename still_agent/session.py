@@ -10,31 +10,34 @@ from __future__ import annotations
 
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import aclosing, contextmanager
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, aclosing, contextmanager
+from dataclasses import dataclass
 from inspect import GEN_CLOSED, getgeneratorstate
 from types import TracebackType
 from typing import Any, Self
 
 from pydantic import JsonValue
 
-from still_agent.decode import answer
+from still_agent.decode import Choose, answer
 from still_agent.ephemeral import Store
-from still_agent.events import OnReplay
+from still_agent.events import OnCompaction, OnReplay
 from still_agent.forget import Forgotten
-from still_agent.replay import Restored, replay
-from still_agent.reply import Reply, Usage
-from still_agent.rolling import RollingState
+from still_agent.past import stand_at
+from still_agent.replay import Restored
+from still_agent.reply import Reply, Shown, Usage
+from still_agent.rolling import RollingState, Standing
 from still_agent.sampling import Sampling
 from still_agent.steps import Steps
 from still_agent.stream import Pieces, Stream, pieces_of
 from still_agent.text import check_message, parts
+from still_agent.tools import ToolFormat
 from still_memory.checkpoint import Checkpoint
 from still_memory.errors import ConflictError, InputError, StillError, deleted
 from still_memory.records import Head, Match, NewTurn, TurnRecord
 from still_memory.taint import Later
 
 Forget = Callable[[str, Sequence[int], Later, OnReplay | None], Forgotten]  # turns by their ids
+Fork = Callable[[Head, str, int, str | None, OnReplay | None], "Session"]  # name, turn, thread
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ class Session:
         head: Head,
         saved: Checkpoint,
         *,
-        reopen: Callable[[Head], Session],
+        fork: Fork,
         forget: Forget,
         sampling: Sampling,
         longest_message: int,
@@ -82,7 +85,7 @@ class Session:
         self._state, self._steps, self._store = state, steps, store
         self._tokenizer = state.model.tokenizer
         self._head, self._saved = head, saved
-        self._reopen, self._forget = reopen, forget
+        self._fork, self._forget = fork, forget
         self._sampling, self._longest = sampling, longest_message
         self._open: Pieces | None = None  # a stream that has begun and not ended
         self._busy = False  # inside a turn's computation
@@ -107,12 +110,12 @@ class Session:
         The turn begins with the first piece. A stream that is left early is undone.
         """
         check_message(text, self._longest)
-        return Stream(self, self._turn(role, text, self._sampling.but(**sampling)))
+        return Stream(self, self._turn([(role, text)], self._sampling.but(**sampling)))
 
     async def asend(self, text: str, *, role: str = "user", **sampling: Any) -> Reply:
         """`send`, in a worker thread. Cancelling undoes the turn, unless it is saved by then."""
         stream = self.stream(text, role=role, **sampling)
-        async with aclosing(pieces_of(stream, self.lock)) as pieces:  # type: ignore[type-var]
+        async with aclosing(pieces_of(stream, self._alone)) as pieces:  # type: ignore[type-var]
             async for _ in pieces:
                 pass
         assert stream.reply is not None  # the pieces have ended, so the turn is saved
@@ -127,7 +130,7 @@ class Session:
         has ended and saved it by then.
         """
         stream = self.stream(text, role=role, **sampling)
-        async with aclosing(pieces_of(stream, self.lock)) as pieces:  # type: ignore[type-var]
+        async with aclosing(pieces_of(stream, self._alone)) as pieces:  # type: ignore[type-var]
             async for piece in pieces:
                 yield piece
 
@@ -169,7 +172,8 @@ class Session:
         has moved the session on.
         """
         with self._computing(None), self._whole_turn():
-            past, restored = self._go_back(at, on_replay)
+            head = self._unmoved()
+            past, restored = stand_at(self._state, self._steps, self._store, head, at, on_replay)
             self._commit(past, [])
             self.last_reply, self.restored = None, restored
 
@@ -180,14 +184,13 @@ class Session:
 
         It shares this one's turns and spans, and neither sees what the other does from then on:
         system prompt and settings are this one's. How its state is come by, what is exact, and
-        what is raised: see `rewind`. ConflictError too if the name is taken.
+        what is raised: see `rewind`; but an open stream of this one goes on. ConflictError too if
+        the name is taken.
         """
-        with self._computing(None), self._whole_turn():  # not committed: the state is put back
-            past, restored = self._go_back(self._head.turns if at is None else at, on_replay)
-            begun = self._store.fork(past, name, self._state.checkpoint())
-        forked = self._reopen(begun)
-        forked.restored = restored
-        return forked
+        with self.lock:
+            self._require_open()
+            head = self._unmoved()
+        return self._fork(head, name, head.turns if at is None else at, None, on_replay)
 
     def forget(
         self, *turns: int, later: Later = "refuse", on_replay: OnReplay | None = None
@@ -240,6 +243,22 @@ class Session:
                 turns=self._head.turns,
             )
 
+    @property
+    def layout(self) -> list[Standing]:
+        """What the slots are: spans, oldest first; the newest raw tokens are the last."""
+        with self.lock:
+            self._require_open()
+            return self._state.layout
+
+    @property
+    def on_compaction(self) -> OnCompaction | None:
+        """Called after each compaction of this session, beside the agent's own observer."""
+        return self._steps.watcher
+
+    @on_compaction.setter
+    def on_compaction(self, watcher: OnCompaction | None) -> None:
+        self._steps.watcher = watcher
+
     def history(self) -> list[TurnRecord]:
         """The turns, oldest first: number, role, text, tokens, time."""
         with self.lock:
@@ -283,6 +302,26 @@ class Session:
         self._deleted = True
         self.close()
 
+    def reply_to(
+        self,
+        told: Sequence[tuple[str, str]],
+        after: Head,
+        sampling: Sampling,
+        choose: Choose | None = None,
+        tools: ToolFormat | None = None,
+    ) -> Stream:
+        """Read messages, roles and texts, and reply to the last one: one turn, all or nothing.
+
+        It follows `after`, or a ConflictError comes with the first piece. choose: takes logits
+        `(vocab,)` to the next token. tools: the form that calls have, if there may be any.
+        """
+        return Stream(self, self._turn(told, sampling, choose, tools, after))
+
+    @property
+    def head(self) -> Head:
+        """What the next turn of this object follows."""
+        return self._head
+
     def advance(self, pieces: Pieces) -> str:
         """The next piece of a stream; beginning one abandons a stream that is open."""
         with self._computing(pieces):
@@ -310,47 +349,82 @@ class Session:
 
     # -- inside -------------------------------------------------------------------------------
 
-    def _turn(self, role: str, text: str, sampling: Sampling) -> Pieces:
+    def _turn(
+        self,
+        told: Sequence[tuple[str, str]],
+        sampling: Sampling,
+        choose: Choose | None = None,
+        tools: ToolFormat | None = None,
+        after: Head | None = None,
+    ) -> Pieces:
         state = self._state
         with self._whole_turn():
+            if after not in (None, self._head):
+                raise ConflictError(f"session {self.id!r} has moved on; say it again after that")
+            *before, (role, text) = told
+            read = [self._take_in(*message) for message in before]
             reused, compactions = state.length, state.compactions
             self._steps.begin()
             message = self._tokenizer.message(role, text)
+            shown = Shown(tools)
             held = ""  # the newest piece waits for the next one, and the last for the commit
-            replying = answer(state, self._tokenizer, message, sampling)
+            replying = answer(state, self._tokenizer, message, sampling, choose)
             while True:
                 try:
-                    piece = next(replying)
+                    piece = shown.push(next(replying))
                 except StopIteration as end:
                     found = end.value
                     break
-                if held:
-                    yield held
-                held = piece
+                if piece:
+                    if held:
+                        yield held
+                    held = piece
+            said, rest = shown.finish(found.text)
+            if held and rest:
+                yield held
+            held = rest or held
             usage = Usage(reused, found.prefilled, found.generated, state.compactions - compactions)
-            reply = Reply(found.text, usage, found.finish, found.reasoning)
-            asked = NewTurn(role, text, message)
             logged: dict[str, JsonValue] = {**usage.to_json(), **self._steps.log()}
             if sampling.stop:  # which may have cut the reply: a replay needs them
                 logged["stop"] = [*sampling.stop]
-            told = NewTurn("assistant", found.text, found.tokens, usage=logged)
-            self._commit(self._head, [asked, told])
+            if tools is not None and said.text != found.text:  # it has their form: likewise
+                logged["tools"] = tools.name
+            turns = [turn for turn, _ in read]
+            turns.append(NewTurn(role, text, message))
+            turns.append(NewTurn("assistant", said.text, found.tokens, usage=logged))
+            self._commit(self._head, turns)
+            reply = Reply(
+                said.content,
+                sum((one for _, one in reversed(read)), usage),
+                "tool_calls" if said.calls else found.finish,
+                found.reasoning,
+                said.calls,
+            )
             self.last_reply = reply
         if held:
             yield held
         return reply
 
     def _read(self, role: str, text: str) -> Usage:
-        state = self._state
         with self._whole_turn():
-            reused, compactions = state.length, state.compactions
-            self._steps.begin()
-            message = self._tokenizer.message(role, text)
-            state.extend(message)
-            usage = Usage(reused, len(message), 0, state.compactions - compactions)
-            logged: dict[str, JsonValue] = {**usage.to_json(), **self._steps.log()}
-            self._commit(self._head, [NewTurn(role, text, message, usage=logged)])
+            turn, usage = self._take_in(role, text)
+            self._commit(self._head, [turn])
         return usage
+
+    def _take_in(self, role: str, text: str) -> tuple[NewTurn, Usage]:
+        """Read a message, to be committed; the state is sealed after it, as in a replay."""
+        state = self._state
+        reused, compactions = state.length, state.compactions
+        self._steps.begin()
+        message = self._tokenizer.message(role, text)
+        state.extend(message)
+        state.checkpoint()
+        usage = Usage(reused, len(message), 0, state.compactions - compactions)
+        logged: dict[str, JsonValue] = {**usage.to_json(), **self._steps.log()}
+        return NewTurn(role, text, message, usage=logged), usage
+
+    def _alone(self) -> AbstractContextManager[object]:
+        return self.lock
 
     @contextmanager
     def _computing(self, pieces: Pieces | None) -> Iterator[None]:
@@ -381,35 +455,14 @@ class Session:
             if not self._whole:
                 self._put_back()
 
-    def _go_back(self, at: int, on_replay: OnReplay | None) -> tuple[Head, Restored]:
-        """Make the live state that of turn `at`; the head there, and how it was come by."""
-        state, head = self._state, self._head
-        pinned = int(head.settings.get("system") is not None)
-        if not (isinstance(at, int) and pinned <= at <= head.turns):
-            raise InputError(
-                f"session {self.id!r} has turns {pinned} to {head.turns} to go back to, and not "
-                f"{at!r}; history() numbers them"
-            )
-        if self._current() != head:
+    def _unmoved(self) -> Head:
+        """Where this object has the session, and the store too."""
+        if self._current() != self._head:
             raise ConflictError(
                 f"session {self.id!r} was moved on by another writer: open it again, and see "
-                "whether there is still something to go back to"
+                "which turns it has now"
             )
-        turns = self._store.history(head)[:at]
-        compactions = state.compactions
-        kept = next((k for k in self._store.kept(head) if k.turns <= at), None)
-        if kept is None:
-            state.restore(Checkpoint((), 0))
-            state.pin(
-                [*self._tokenizer.start, *(t for turn in turns[:pinned] for t in turn.tokens)]
-            )
-            reused, begun = 0, pinned
-        else:
-            state.restore(self._store.load(kept, device=state.model.device))
-            reused, begun = kept.tokens, kept.turns
-        differs = replay(state, self._tokenizer, turns[begun:], self._steps, on_replay)
-        restored = Restored(reused, state.length - reused, state.compactions - compactions, differs)
-        return replace(head, turn=turns[-1].id if turns else None, turns=at), restored
+        return self._head
 
     def _rows_of(self, numbers: Sequence[int]) -> list[int]:
         """The ids of turns that may be forgotten."""
@@ -421,12 +474,7 @@ class Session:
                 f"{', '.join(map(repr, numbers))}; history() numbers them. What is pinned goes "
                 "with the session: agent.delete(id, erase=True)"
             )
-        if self._current() != head:
-            raise ConflictError(
-                f"session {self.id!r} was moved on by another writer: open it again, and see "
-                "which turns it has now"
-            )
-        turns = self._store.history(head)
+        turns = self._store.history(self._unmoved())
         return [turns[n - 1].id for n in numbers]
 
     def _current(self) -> Head:

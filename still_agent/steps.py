@@ -36,6 +36,7 @@ class Steps:
         self._budget, self._compactor, self._observer = budget, compactor, on_compaction
         self._rounding: Log = {} if codec == EXACT else {"codec": codec}
         self._taken: list[JsonValue] = []
+        self.watcher: OnCompaction | None = None  # of this one state
 
     def __call__(self, event: Compaction) -> None:
         self._taken.append(
@@ -47,8 +48,9 @@ class Steps:
                 event.level,
             ]
         )
-        if self._observer is not None:
-            self._observer(event)
+        for observer in (self._observer, self.watcher):
+            if observer is not None:
+                observer(event)
 
     def begin(self) -> None:
         """A turn begins: what an earlier one left, perhaps undone, is not of it."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Generator, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
+from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -75,11 +76,19 @@ class Stream(Iterator[str]):
         self.close()
 
 
-async def pieces_of(stream: Stream, lock: threading.RLock) -> AsyncIterator[str]:
-    """The stream's pieces, computed in a worker thread that has the session to itself.
+class Leavable(Iterator[str], Protocol):
+    """Pieces that can be left: what was begun is undone then."""
 
-    So async turns of one session wait for each other. Leaving early, or being cancelled,
-    abandons the stream; that takes effect at the next token.
+    def close(self) -> None: ...
+
+
+async def pieces_of(
+    stream: Leavable, alone: Callable[[], AbstractContextManager[object]]
+) -> AsyncIterator[str]:
+    """The stream's pieces, computed in a worker thread, inside `alone()`.
+
+    That keeps the session to itself, so that async turns of one session wait for each other.
+    Leaving early, or being cancelled, abandons the stream; that takes effect at the next token.
     """
     loop = asyncio.get_running_loop()
     queue: asyncio.Queue[str | None] = asyncio.Queue()
@@ -87,7 +96,7 @@ async def pieces_of(stream: Stream, lock: threading.RLock) -> AsyncIterator[str]
 
     def work() -> None:
         try:
-            with lock:
+            with alone():
                 while not left.is_set() and (piece := next(stream, None)) is not None:
                     loop.call_soon_threadsafe(queue.put_nowait, piece)
                 if left.is_set():

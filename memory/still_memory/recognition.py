@@ -45,7 +45,8 @@ class Known:
     """The session that has had the longest beginning of a conversation."""
 
     session: str
-    turns: int  # of that beginning
+    turns: int  # of that beginning,
+    turn: int  # and the id of the last of them
     stands: bool  # whether the session ends with them; else it has gone on otherwise
 
 
@@ -92,7 +93,7 @@ def find(
                 row = conn.execute(query, {**where, "turn": turn}).fetchone()
                 if row is not None:
                     ledger.read_one(conn, vault, turn, number)
-                    return Known(row[0], number, stands)
+                    return Known(row[0], number, turn, stands)
     return None
 
 

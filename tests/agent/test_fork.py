@@ -443,7 +443,7 @@ def test_what_a_rival_deletes_at_once_is_not_begun_anew(
         patch.setattr(kept, "fork", rival("fork"))
         patch.setattr(kept, "create", rival("create"))
         for act in (
-            lambda: chat.fork("y"),
+            lambda: chat.fork("y").send("Hello."),
             lambda: agent.import_session(tmp_path / "x.still", "z"),
         ):
             with pytest.raises(UnknownSessionError, match="was deleted"):
