@@ -7,9 +7,9 @@ writes it. Neither goes through the template itself, for templates rewrite histo
 
 A reply is content, then calls, then nothing more. Text that is not so is content to its last
 character: a call quoted in the middle of a sentence is not carried out. Reading is total and takes
-time in proportion to the text, whatever a model has written. What `grammar.py` lets through is
-always read: of a key that is there twice the last value counts, and a number past a float's range is
-the largest float.
+time in proportion to the text, whatever a model has written. What `grammar.py` lets through can be
+read: of a key that is there twice the last value counts, and a number past the range of floats is
+the largest of them.
 """
 
 from __future__ import annotations
@@ -66,7 +66,10 @@ class Tool:
 class ToolFormat(Protocol):
     """One family's way of calling tools."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """As a ledger has it."""
+        ...
 
     @property
     def opening(self) -> str:
@@ -232,7 +235,7 @@ class Gemma(_Written):
 
 QWEN: ToolFormat = Qwen()
 GEMMA: ToolFormat = Gemma()
-FORMATS = {form.name: form for form in (QWEN, GEMMA)}  # as a ledger names them
+FORMATS = {form.name: form for form in (QWEN, GEMMA)}
 
 _CLOSING = re.compile(r"\s*</tool_call>")
 _NAMED = re.compile(r'\{\s*"name"\s*:')

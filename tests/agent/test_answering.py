@@ -26,7 +26,7 @@ Load = Callable[..., Agent]
 @pytest.fixture
 def load(tmp_path: Path) -> Load:
     def load(**options: object) -> Agent:
-        return Agent.load("reference", store=tmp_path / "m.db", budget=Budget(slots=256), **options)
+        return Agent.load("reference", store=tmp_path / "m.db", budget=Budget(slots=512), **options)
 
     return load
 
@@ -35,7 +35,7 @@ def load(tmp_path: Path) -> Load:
 def agent(request: pytest.FixtureRequest, load: Load) -> Agent:
     if request.param == "file":
         return load()
-    return Agent.load("reference", budget=Budget(slots=256))
+    return Agent.load("reference", budget=Budget(slots=512))
 
 
 def answered(agent: Agent, messages: list[Message], **options: object) -> Answering:
@@ -221,7 +221,7 @@ def test_a_conversation_of_another_model_is_refused(load: Load, tmp_path: Path) 
     other = Agent.load(
         "reference",
         store=tmp_path / "m.db",
-        budget=Budget(slots=256),
+        budget=Budget(slots=512),
         dtype="bfloat16",
         compactor="streaming",
     )
