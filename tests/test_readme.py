@@ -42,7 +42,7 @@ def test_the_first_example_of_a_page_runs_and_resumes(
         assert (turns > 5) == reused
 
 
-@pytest.mark.parametrize("name", ["quickstart", "resume"])
+@pytest.mark.parametrize("name", ["quickstart", "resume", "long_trajectory"])
 def test_examples_run_and_leave_nothing_behind(
     name: str,
     tmp_path: Path,
