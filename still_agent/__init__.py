@@ -10,13 +10,16 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from still_agent.agent import Agent
+    from still_agent.answering import Answering
     from still_agent.budget import Budget
     from still_agent.events import Compaction
     from still_agent.forget import Forgotten
+    from still_agent.messages import Message, ToolCall
     from still_agent.replay import Restored
     from still_agent.reply import Reply, Usage
     from still_agent.sampling import Sampling
     from still_agent.session import Session, Stats
+    from still_agent.tools import Tool
     from still_memory.errors import (
         BudgetError,
         CompactorError,
@@ -34,6 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Agent",
+    "Answering",
     "Budget",
     "BudgetError",
     "Compaction",
@@ -45,6 +49,7 @@ __all__ = [
     "Forgotten",
     "IdentityError",
     "InputError",
+    "Message",
     "Reply",
     "Restored",
     "Sampling",
@@ -53,19 +58,24 @@ __all__ = [
     "StillError",
     "StoreError",
     "TaintedError",
+    "Tool",
+    "ToolCall",
     "UnknownSessionError",
     "Usage",
 ]
 
 _HOMES = {
     "agent": ("Agent",),
+    "answering": ("Answering",),
     "budget": ("Budget",),
     "events": ("Compaction",),
     "forget": ("Forgotten",),
+    "messages": ("Message", "ToolCall"),
     "replay": ("Restored",),
     "reply": ("Reply", "Usage"),
     "sampling": ("Sampling",),
     "session": ("Session", "Stats"),
+    "tools": ("Tool",),
 }
 _HOME = {name: f"still_agent.{home}" for home, names in _HOMES.items() for name in names}
 

@@ -73,3 +73,9 @@ def test_the_tree_names_every_module() -> None:
 def test_budgets_printed_in_the_concepts_are_valid() -> None:
     example = blocks("docs/concepts.md", "python")[0]
     exec(example, {})
+
+
+def test_the_example_of_a_conversation_sent_whole_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    (example,) = (b for b in blocks("docs/concepts.md", "python") if "agent.answer(" in b)
+    out = run(example, capsys)
+    assert "Porto" in out and out.rstrip().endswith("3")
