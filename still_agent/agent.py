@@ -177,6 +177,7 @@ class Agent:
         session: str | None = None,
         tools: Sequence[Tool] = (),
         tool_choice: str = "auto",
+        parallel_tool_calls: bool = True,
         schema: dict[str, Any] | None = None,
         **sampling: Any,
     ) -> Answering:
@@ -190,6 +191,7 @@ class Agent:
         session: the conversation's name; its branches are called `name~2`, `name~3`, ... None: it
             has none, and goes on in whichever nameless one has the same beginning.
         tools: what the model may call. `tool_choice`: "auto", "required", "none", or a tool's name.
+            `parallel_tool_calls`: whether it may call several at once.
         schema: a JSON schema that the reply is to be a value of; {} is any JSON.
         sampling: options of `Sampling` for this call.
 
@@ -201,7 +203,12 @@ class Agent:
         choose = None
         if tools or schema is not None:
             choose = self._grammars.constrain(
-                drawn, schema=schema, tools=tools, choice=tool_choice, format=self._form
+                drawn,
+                schema=schema,
+                tools=tools,
+                choice=tool_choice,
+                format=self._form,
+                parallel=parallel_tool_calls,
             )
         return Answering(self, thread, told, drawn, choose, self._form if tools else None)
 

@@ -6,6 +6,9 @@ way after it, else the first token of the known way is. The way is mostly the ol
 a look; where a token has changed it (a new key, a bracket), it is found anew. So every reply is
 whole whose first way fits; one whose does not, goes that way as far as it may.
 
+For the same reason a number ends after twenty digits, which is more than 64 bits hold, wherever the
+grammar lets it.
+
 Text in which a call may begin needs no end, so that a reply cut by its limit says so. A call begins
 there only where it has room.
 
@@ -28,13 +31,14 @@ from still_agent.models.tokenizers import Tokenizer
 from still_agent.sampling import Sampler, Sampling
 
 END = 1  # the token that ends a reply
+DIGITS = 20  # of a number, or of its fraction
 Stage = Enum("Stage", "BEFORE REASONING AFTER SAYING")
 
 
 class Constraint:
     """Takes logits `(vocab,)` to the next token, as `Sampler` does; for one reply.
 
-    way: tokens that end the reply from its beginning.
+    way: tokens that end the reply from its beginning. hints: see `Endings.way`.
     opening: where a call begins in text that may end anywhere; None if this is none.
     reasoning: as `decode.answer` has it.
     """
@@ -44,18 +48,22 @@ class Constraint:
         matcher: Any,
         way: Sequence[int],
         endings: Endings,
+        hints: Sequence[str],
         tokenizer: Tokenizer,
         sampling: Sampling,
         *,
         opening: bytes | None,
         reasoning: int | None,
     ) -> None:
-        self._matcher, self._endings, self._tokenizer = matcher, endings, tokenizer
+        self._matcher, self._tokenizer = matcher, tokenizer
+        self._endings, self._hints = endings, hints
         self._sampler = Sampler(sampling)
         self._left = sampling.max_tokens
         self._eos = min(tokenizer.eos_ids)
         self._opening, self._said = opening, b""
+        self._text = opening is not None
         self._way = None if opening is not None else tuple(way)
+        self._digits = 0  # at the end of what was said
         self._lost = False  # the grammar tells no more what may come
         self._reasoning, self._thought = reasoning, 0
         self._stage = Stage.SAYING if tokenizer.think is None else Stage.BEFORE
@@ -77,6 +85,8 @@ class Constraint:
             self._stage = Stage.SAYING
         token = self._says(logits)
         self._left -= 1
+        said = self._tokenizer.token_bytes(token)
+        self._digits = self._digits + len(said) if said.isdigit() else 0
         return token
 
     # -- what is said -------------------------------------------------------------------------
@@ -102,6 +112,8 @@ class Constraint:
         mask = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         bits = np.unpackbits(mask, bitorder="little")[: len(logits)].astype(bool)
         self._lost = self._lost or self._matcher.is_error() or not bits.any()
+        if self._digits >= DIGITS:
+            bits = self._endings.past_number(bits)
         return torch.from_numpy(bits).to(logits.device)
 
     def _goes(self) -> int:
@@ -124,7 +136,7 @@ class Constraint:
         room = self._left - 1 - END
         way = self._shortened(token)
         if way is None or len(way) > room:
-            way = self._endings.way(self._matcher, room)
+            way = self._endings.way(self._matcher, self._hints, room)
         if way is not None:
             self._way, self._opening = way, None
         return way is not None
@@ -147,12 +159,13 @@ class Constraint:
         opens, closes = self._tokenizer.think
         token = self._sampler(logits)
         if self._stage is Stage.BEFORE:
-            if token != opens or not self._spare(2):
+            if token != opens or self._reasoning == 0 or not self._spare(2):
                 return None
             self._stage = Stage.REASONING
         elif self._stage is Stage.REASONING:
             full = self._reasoning is not None and self._thought >= self._reasoning
-            if full or token in self._tokenizer.eos_ids or not self._spare(2):
+            ends = token in self._tokenizer.eos_ids and not self._text
+            if full or ends or not self._spare(2):
                 token = closes
             if token == closes:
                 self._stage = Stage.AFTER
@@ -169,6 +182,6 @@ class Constraint:
 
     def _spare(self, tokens: int) -> bool:
         """Whether what must be said has room after so many tokens."""
-        if self._reasoning is not None and self._stage is not Stage.AFTER:
-            return True  # which is not of `max_tokens`
+        if self._text or (self._reasoning is not None and self._stage is not Stage.AFTER):
+            return True  # nothing must be said, or reasoning is not of `max_tokens`
         return self._left - tokens >= self.least

@@ -2,9 +2,9 @@
 
 A walk through the grammar, byte by byte: what is forced is taken; of a choice, what closes comes
 first (a bracket, then a quote), then what goes on or is short (a comma, 0, null), and last what
-opens. In a pattern, which knows no brackets, bytes that were not taken yet come first, and of these
-the smallest kind, for `@` leads on where any letter is as good as another. The bytes are then cut
-into the fewest tokens.
+opens. In a pattern, which knows no brackets, the end of a text that matches it comes first, if it
+may follow; else bytes that were not taken yet, and of these the smallest kind, for `@` leads on
+where any letter is as good as another. The bytes are then cut into the fewest tokens.
 
 The way is short, and need not be the shortest: nothing here searches. It was walked, not guessed,
 so whoever has it can take it.
@@ -12,33 +12,47 @@ so whoever has it can take it.
 
 from __future__ import annotations
 
+import json
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from still_agent.models.tokenizers import Tokenizer
+from still_memory.errors import InputError
+
+Bits = npt.NDArray[np.bool_]  # (vocab,)
 
 FARTHEST = 4096  # bytes of a way; what takes more has none
 _FIRST = b",0ntf"  # of what follows a value, or begins one: what ends soonest
 _LAST = b"{[-"
+_ESCAPE = ord("\\")
 
 
 class Endings:
-    """Ways to the end, in one tokenizer's tokens."""
+    """Ways to the end, in one tokenizer's tokens. InputError if it cannot spell every byte."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        tokens: dict[bytes, int] = {}
-        for token in range(tokenizer.size):
-            if token not in tokenizer.control and (spelled := tokenizer.token_bytes(token)):
-                tokens.setdefault(spelled, token)
+        spelled = [tokenizer.token_bytes(token) for token in range(tokenizer.size)]
+        tokens = {text: token for token, text in enumerate(spelled) if text}
+        if missing := [byte for byte in range(256) if bytes([byte]) not in tokens]:
+            raise InputError(
+                f"the tokenizer has no token for the byte {missing[0]:#04x}, so not every text can "
+                "be said: tools and structured replies take one with all 256, as Qwen3's"
+            )
         self._tokens = tokens
         self._longest = max(map(len, tokens))
-        # A byte that is no token is none of a byte-level tokenizer's.
         self._bytes = [tokens[bytes([byte])] for byte in range(256)]
+        self._numeral = np.array([text[:1].isdigit() for text in spelled])
 
-    def way(self, matcher: Any, most: int | None = None) -> tuple[int, ...] | None:
+    def way(
+        self, matcher: Any, hints: Iterable[str] = (), most: int | None = None
+    ) -> tuple[int, ...] | None:
         """At most `most` tokens to the end, the one that ends a reply left out.
+
+        hints: texts that may end a string (see `witness.py`).
 
         None if no way is found. The matcher is left as it was.
         """
@@ -47,7 +61,7 @@ class Endings:
         used: Counter[int] = Counter()  # since something was closed
         steps = 0
         while not (found := matcher.is_accepting()) and steps == len(way) < farthest:
-            taken = matcher.compute_ff_bytes() or self._choice(matcher, used)
+            taken = matcher.compute_ff_bytes() or self._choice(matcher, hints, used)
             way += taken
             steps += matcher.try_consume_tokens(self._spelled(taken)) if taken else 1
         if steps := min(steps, len(way)):
@@ -60,30 +74,49 @@ class Endings:
         tokens = tokens if whole else self._spelled(way)
         return tokens if most is None or len(tokens) <= most else None
 
+    def past_number(self, allowed: Bits) -> Bits:
+        """Of the tokens allowed, those that end a number; all, if this is none or may not end."""
+        if allowed[self._bytes[ord("x")]]:  # in a string, digits are as good as letters
+            return allowed
+        ends = allowed.copy()
+        ends[: len(self._numeral)] &= ~self._numeral[: len(allowed)]
+        return ends if ends.any() else allowed
+
     def _spelled(self, text: bytes | bytearray) -> tuple[int, ...]:
         return tuple(self._bytes[byte] for byte in text)
 
-    def _choice(self, matcher: Any, used: Counter[int]) -> bytes:
-        """One byte of those that may come next; none if none may."""
+    def _choice(self, matcher: Any, hints: Iterable[str], used: Counter[int]) -> bytes:
+        """What to take of all that may come next; nothing if nothing may."""
         bits = np.unpackbits(np.frombuffer(matcher.compute_bitmask(), np.uint8), bitorder="little")
         allowed = bytes(np.flatnonzero(bits[self._bytes]).astype(np.uint8))
-        brackets = [byte for byte in allowed if byte in b"}]"]
-        closing = bytes(brackets) if len(brackets) == 1 else b""  # a string may hold both
-        closing = closing or (b'"' if 0x22 in allowed else b"")
+        quote = b'"' if 0x22 in allowed else b""
+        # Where a string must go on, a bracket is no more than another letter of it.
+        if not quote and (hinted := self._hinted(matcher, hints)):
+            return hinted
+        brackets = bytes(byte for byte in allowed if byte in b"}]")
+        closing = brackets if len(brackets) == 1 else quote  # a string may hold both
         if closing:
             used.clear()
             return closing
         kinds = Counter(map(_kind, allowed))
 
-        def order(byte: int) -> tuple[int, bool, int, int, int]:
+        def order(byte: int) -> tuple[bool, int, bool, int, int, int]:
             rank = _FIRST.find(byte) % (len(_FIRST) + 1)  # last, if it is none of them
-            return used[byte], byte in _LAST, rank, kinds[_kind(byte)], byte
+            escapes = byte == _ESCAPE  # and what comes after it, closes nothing
+            return escapes, used[byte], byte in _LAST, rank, kinds[_kind(byte)], byte
 
         if not allowed:
             return b""
         best = min(allowed, key=order)
         used[best] += 1
         return bytes([best])
+
+    def _hinted(self, matcher: Any, hints: Iterable[str]) -> bytes:
+        """The shortest end of a hint after which a string may be closed; none if there is none."""
+        tails = {hint[at:] for hint in hints for at in range(len(hint))}
+        ends = (json.dumps(tail, ensure_ascii=False)[1:].encode() for tail in tails)
+        spelled = ((end, self._spelled(end)) for end in sorted(ends, key=lambda e: (len(e), e)))
+        return next((end for end, ids in spelled if matcher.validate_tokens(ids) == len(ids)), b"")
 
     def _fewest(self, way: bytes) -> tuple[int, ...]:
         """The bytes as the fewest tokens."""

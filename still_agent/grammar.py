@@ -18,7 +18,6 @@ import re
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from still_agent.constraint import Constraint
@@ -27,11 +26,12 @@ from still_agent.messages import JsonValue
 from still_agent.models.tokenizers import Tokenizer
 from still_agent.sampling import Sampling
 from still_agent.tools import QWEN, Tool, ToolFormat
+from still_agent.witness import witnesses
 from still_memory.errors import InputError
 
 Schema = dict[str, JsonValue]
 
-KEPT = 64  # compiled grammars, of the least recently used
+KEPT = 32  # compiled grammars, of the least recently used
 LONGEST = 200_000  # characters of a schema, or of all tools' schemas
 CHOICES = ("auto", "required", "none")
 # No blanks but these, and no \u: it could spell half a surrogate pair, which is no text.
@@ -41,14 +41,6 @@ _JSON = {
     "whitespace_flexible": False,
     "json_allowed_escapes": 'nrbtf\\"',
 }
-
-
-@dataclass(frozen=True)
-class Compiled:
-    """A grammar at its beginning, to be copied, and a short reply of it."""
-
-    matcher: Any
-    way: tuple[int, ...]
 
 
 class Grammars:
@@ -72,11 +64,11 @@ class Grammars:
         self._endings = Endings(tokenizer)
         self._limits = llguidance.LLParserLimits(
             initial_lexer_fuel=1_000_000,
-            max_lexer_states=50_000,
+            max_lexer_states=20_000,
             max_grammar_size=100_000,
             verbose_errors=False,
         )
-        self._compiled: OrderedDict[str, Compiled] = OrderedDict()
+        self._compiled: OrderedDict[str, tuple[Any, tuple[int, ...]]] = OrderedDict()
         self._lock = threading.Lock()
 
     def constrain(
@@ -101,22 +93,30 @@ class Grammars:
         InputError for a schema that is no schema, is too large or has what is not supported, and
         for a choice that is no tool.
         """
+        names = [tool.name for tool in tools]
+        if len(set(names)) < len(names):
+            raise InputError("two tools have one name: give each its own")
         if choice not in CHOICES:
             tools, name = [tool for tool in tools if tool.name == choice], choice
             choice = "required"
             if not tools:
-                raise InputError(f"no tool is called {name[:80]!r}: name one that is given")
+                raise InputError(
+                    f"no tool is called {name[:80]!r}: give one of {', '.join(names) or 'no tools'}"
+                )
         if choice == "required" and not tools:
             raise InputError("a call is required and no tool is given: give tools")
         if schema is None and not tools:
             return None
+        tools = tools if choice != "none" else ()
         grammar = _grammar(schema, tools, choice, format, parallel)
-        compiled = self._compile(grammar, tools)
+        hints = tuple(set(witnesses([schema, *(tool.parameters for tool in tools)])))
+        matcher, way = self._compile(grammar, tools, hints)
         text = schema is None and choice != "required"
         return Constraint(
-            compiled.matcher.deep_copy(),
-            compiled.way,
+            matcher,
+            way,
             self._endings,
+            hints,
             self._tokenizer,
             sampling,
             # Text needs no end; a call that begins in it does.
@@ -124,47 +124,58 @@ class Grammars:
             reasoning=reasoning,
         )
 
-    def _compile(self, grammar: str, tools: Sequence[Tool]) -> Compiled:
+    def _compile(
+        self, grammar: str, tools: Sequence[Tool], hints: Sequence[str]
+    ) -> tuple[Any, tuple[int, ...]]:
+        """A matcher at the grammar's beginning, and a short reply of it."""
         with self._lock:
             if grammar in self._compiled:
                 self._compiled.move_to_end(grammar)
-                return self._compiled[grammar]
-        matcher = self._library.LLMatcher(
-            self._tokens,
-            self._library.LLMatcher.grammar_from_lark(grammar),
-            log_level=0,
-            limits=self._limits,
-        )
-        way = None if matcher.is_error() else self._endings.way(matcher)
+                matcher, way = self._compiled[grammar]
+                return matcher.deep_copy(), way
+        lark = self._library.LLMatcher.grammar_from_lark(grammar)
+        matcher = self._library.LLMatcher(self._tokens, lark, log_level=0, limits=self._limits)
+        found = None if matcher.is_error() else self._endings.way(matcher, hints)
         if matcher.is_error():
             raise _unsupported(matcher.get_error(), grammar, tools)
-        if way is None:
+        if found is None:
             raise InputError(
                 f"no reply within {FARTHEST:,} bytes was found for the schema: ask for fewer or "
                 "shorter values, or for a simpler pattern"
             )
-        compiled = Compiled(matcher, way)
         with self._lock:
-            self._compiled[grammar] = compiled
+            self._compiled[grammar] = matcher, found
             while len(self._compiled) > KEPT:
                 self._compiled.popitem(last=False)
-        return compiled
+            return matcher.deep_copy(), found
 
 
 class _Source:
-    """A tokenizer as llguidance asks for one: the bytes of each id, and how text is encoded."""
+    """A tokenizer as llguidance asks for one: the bytes of each id, and how text is encoded.
+
+    What must come is encoded as the model would write it, `<tool_call>` as the one token.
+    """
 
     bos_token_id = None
 
     def __init__(self, tokenizer: Tokenizer, size: int) -> None:
         spelled = [tokenizer.token_bytes(i) for i in range(size)]
-        self._tokenizer = tokenizer
+        self._encode = tokenizer.encode
+        self._added = {spelled[i].decode(): i for i in tokenizer.control if spelled[i]}
+        self._apart = re.compile(f"({'|'.join(map(re.escape, self._added))})")
         self.eos_token_id = min(tokenizer.eos_ids)
         self.special_token_ids = [i for i, token in enumerate(spelled) if not token]
         self.tokens = [token or f"<{i}>".encode() for i, token in enumerate(spelled)]
 
     def __call__(self, text: str | bytes) -> list[int]:
-        return self._tokenizer.encode(text if isinstance(text, str) else text.decode())
+        text = text if isinstance(text, str) else text.decode()
+        if not self._added:
+            return self._encode(text)
+        parts = filter(None, self._apart.split(text))
+        return [i for part in parts for i in self._ids(part)]
+
+    def _ids(self, part: str) -> list[int]:
+        return [self._added[part]] if part in self._added else self._encode(part)
 
 
 def _tokens(library: Any, tokenizer: Tokenizer, size: int) -> Any:
@@ -192,7 +203,7 @@ def _grammar(
         within = f"/(?s:.*)/ {opening} /(?s:.*)/"
         rules += [f"text: TEXT\nTEXT: /(?s:.*)/ & ~( {within} )"]
         ways.append("text")
-    if tools and choice != "none":
+    if tools:
         first = opening
         if schema is None and choice == "auto":
             rules.append(f"begun[lazy]: /(?s:.*)/ {opening}")
@@ -204,7 +215,7 @@ def _grammar(
         for number, tool in enumerate(tools):
             before, after = map(_quoted, format.around(tool.name))
             calls.append(f"{before} arguments{number} {after}")
-            arguments = _json({"type": "object", **tool.parameters})
+            arguments = _json({"type": "object", **(tool.parameters or {"properties": {}})})
             size += len(arguments)
             rules.append(f"arguments{number}: {arguments}")
         rules.append(f"call: {' | '.join(calls)}")
@@ -239,7 +250,8 @@ def _unsupported(error: str, grammar: str, tools: Sequence[Tool]) -> InputError:
         if number := re.match(r"arguments(\d+)", rule):
             what = f"the schema of tool {tools[int(number[1])].name!r}"
         error = error[found.end() :]
-    error = " ".join(error.split("\n1 | ")[0].replace("<non-verbose/>", "").split())
+    error = re.split(r"\n\s*\d+ \| |<non-verbose/>", error)[0]
+    error = " ".join(error.split())
     return InputError(f"{what} cannot be kept to: {error[:500]}; leave that out")
 
 

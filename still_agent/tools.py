@@ -25,6 +25,7 @@ from still_agent.messages import JsonValue, ToolCall
 from still_memory.errors import InputError
 
 DEEPEST = 256  # levels of nesting in a call's arguments
+_FAILED = 256  # openings that begin no call; a reply with more of them is content
 _DIGITS = 4000  # of an integer; Python writes and reads no more than 4,300
 _NAME = re.compile(r"[A-Za-z0-9_.:/-]{1,128}")
 
@@ -33,7 +34,8 @@ _NAME = re.compile(r"[A-Za-z0-9_.:/-]{1,128}")
 class Tool:
     """What the model may call. `parameters` is a JSON schema of an object.
 
-    Raises InputError for a name that no call could spell plainly, or a schema of anything else.
+    Raises InputError for a name that no call could spell plainly, and for a schema of anything
+    else or that is no JSON.
     """
 
     name: str
@@ -54,6 +56,13 @@ class Tool:
                 f"the parameters of tool {self.name!r} must be the JSON schema of an object: "
                 '{"type": "object", "properties": {...}}'
             )
+        try:
+            json.dumps(self.declaration(), allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise InputError(
+                f"tool {self.name!r} cannot be told of ({error}): its description is text, and its "
+                "parameters are JSON"
+            ) from None
 
     def declaration(self) -> dict[str, JsonValue]:
         """Name, description where there is one, and parameters."""
@@ -124,12 +133,14 @@ class _Written:
 
     def parse(self, text: str) -> tuple[str, tuple[ToolCall, ...]]:
         calls: list[ToolCall] = []
-        begin = end = 0  # of the calls that stand one behind the other
+        begin = end = failed = 0  # of the calls that stand one behind the other
         for at in self._openings(text):
             if at < end:  # inside a call, as a string in its arguments
                 continue
             if (read := self._read(text, at)) is None:
-                calls = []
+                calls, failed = [], failed + 1
+                if failed > _FAILED:
+                    break
                 continue
             if calls and text[end:at].strip():
                 calls = []
@@ -137,9 +148,8 @@ class _Written:
                 begin = at
             call, end = read
             calls.append(call)
-        if not calls or not self._ends(text[:begin], text[end:]):
-            return text.rstrip(), ()
-        return self._content(text[:begin]), tuple(calls)
+        content = self._content(text[:begin], text[end:]) if calls else None
+        return (text.rstrip(), ()) if content is None else (content, tuple(calls))
 
     def _openings(self, text: str) -> Iterator[int]:
         return (found.start() for found in re.finditer(re.escape(self.opening), text))
@@ -148,11 +158,9 @@ class _Written:
         """The call that begins at `at`, and where it ends."""
         raise NotImplementedError
 
-    def _ends(self, before: str, after: str) -> bool:
-        return not after.strip()
-
-    def _content(self, before: str) -> str:
-        return before.rstrip()
+    def _content(self, before: str, after: str) -> str | None:
+        """What stands before the calls; None where they are not the end."""
+        return None if after.strip() else before.rstrip()
 
 
 class Qwen(_Written):
@@ -226,11 +234,11 @@ class Gemma(_Written):
         call = _as_call(value, "parameters")
         return None if call is None else (call, end)
 
-    def _ends(self, before: str, after: str) -> bool:
-        return not after.strip() or bool(_FENCE.search(before) and after.strip() == "```")
-
-    def _content(self, before: str) -> str:
-        return _FENCE.sub("", before).rstrip()
+    def _content(self, before: str, after: str) -> str | None:
+        if after.strip() != "```":
+            return super()._content(before, after)
+        fence = _FENCE.search(before)
+        return before[: fence.start() if fence else len(before)].rstrip()
 
 
 QWEN: ToolFormat = Qwen()
