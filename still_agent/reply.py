@@ -80,10 +80,11 @@ class Shown:
         self._text += piece
         if self._tools is None:
             return self._show(len(self._text))
-        opening = self._tools.opening
-        at = self._text.find(opening, max(0, self._shown - len(opening)))
-        safe = self._text if at >= 0 else self._text.rstrip()
-        return self._show(at if at >= 0 else len(safe) - _begun(safe, opening))
+        longest = max(map(len, self._tools.marks))
+        since = max(0, self._shown - longest)
+        found = [at for mark in self._tools.marks if (at := self._text.find(mark, since)) >= 0]
+        begun = max(_begun(self._text, mark) for mark in self._tools.marks)
+        return self._show(min([*found, len(self._text) - begun]))
 
     def finish(self, text: str) -> tuple[Said, str]:
         """The reply is `text`: what it says, and what of that was not shown yet."""

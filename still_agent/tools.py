@@ -86,6 +86,11 @@ class ToolFormat(Protocol):
         ...
 
     @property
+    def marks(self) -> tuple[str, ...]:
+        """From the first of these on, a text may turn out to be calls."""
+        ...
+
+    @property
     def ending(self) -> str:
         """What may follow the last call; mostly nothing."""
         ...
@@ -118,6 +123,7 @@ class _Written:
     """What formats share: calls on lines of their own, at the end of a reply."""
 
     opening: str
+    marks: tuple[str, ...]
     ending = ""
 
     def around(self, name: str) -> tuple[str, str]:
@@ -168,6 +174,7 @@ class Qwen(_Written):
 
     name = "qwen"
     opening = "<tool_call>"
+    marks = (opening,)
 
     def system(self, system: str | None, tools: Sequence[Tool]) -> str:
         if not tools:
@@ -208,6 +215,7 @@ class Gemma(_Written):
 
     name = "gemma"
     opening = '{"name":'
+    marks = ("{", "```")
     ending = "\n```"
 
     def system(self, system: str | None, tools: Sequence[Tool]) -> str:
