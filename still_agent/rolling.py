@@ -25,6 +25,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from still_agent.batch import batch_of
 from still_agent.budget import Budget
 from still_agent.events import Compaction, OnCompaction
 from still_agent.models.frozen import FrozenModel
@@ -70,6 +71,7 @@ class RollingState:
         budget.require_window(model.window)
         self.model, self.compactor, self.budget = model, compactor, budget
         self.cache = model.new_cache(budget.slots)
+        self._batch = batch_of(model)
         self.length = 0  # logical tokens
         self.compactions = 0  # done by this object, also where a restore has undone them
         self._on_compaction, self._codec = on_compaction, check_codec(codec)
@@ -142,10 +144,10 @@ class RollingState:
             raise InputError("no token to take in; give at least one")
         at = 0
         while at < len(ids):
-            while not self.free:
+            while not (free := self.free):
                 self._make_room()
-            n = min(self.free, len(ids) - at, PREFILL)
-            logits = self.model.forward(ids[at : at + n], self.cache, self.position)
+            n = min(free, len(ids) - at, PREFILL)
+            logits = self._batch.forward(ids[at : at + n], self.cache, self.position)
             self._open += ids[at : at + n]
             self.length += n
             at += n

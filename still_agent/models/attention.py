@@ -9,6 +9,9 @@ an empty slot: padding of a batch, or of a head that holds fewer slots than its 
 Layers may hold different numbers of slots. transformers builds one mask for all of them;
 its last columns are always the new tokens, so it is trimmed or padded on the left.
 
+Caches of several sessions make one batch: `rows` on the key tensor holds the keys and values of
+each, and each row of the batch attends to its own, as it would alone (see `models/rows.py`).
+
 A cache that is asked what queries look at puts `observe` on the key tensor: it is called with
 the queries `(B, H, n, d)`, rotated, and changes nothing.
 
@@ -44,6 +47,13 @@ def still_attention(
 
     `attention_mask` is `(B, 1, n, S')`, boolean or additive, or None. Returns `(B, n, H, d)`.
     """
+    if (rows := getattr(key, "rows", None)) is not None:
+        each = zip(query.split(1), rows, strict=True)
+        attended = [
+            still_attention(module, q, k, v, None, dropout, scaling, **kwargs)[0]
+            for q, (k, v) in each
+        ]
+        return torch.cat(attended), None
     if (observe := getattr(key, "observe", None)) is not None:
         observe(query)
     if attention_mask is not None:

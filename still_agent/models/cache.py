@@ -53,14 +53,15 @@ class LiveLayer(CacheLayerMixin):
     @torch.no_grad()
     def write(self, keys: Tensor, values: Tensor, bias: Tensor | None, at: int) -> None:
         """Put slots at `[at, at + S)`, in place; the layer ends with them."""
-        end = at + keys.shape[-2]
+        n = keys.shape[-2]
+        end = at + n
         if end > self.capacity:
             raise BudgetError(
                 f"the live cache holds {self.capacity} slots and {end} would be needed; "
                 "compact before adding tokens, or raise the budget"
             )
-        self.keys[:, :, at:end] = keys
-        self.values[:, :, at:end] = values
+        self.keys.narrow(2, at, n).copy_(keys)  # at one token, narrow costs half of indexing
+        self.values.narrow(2, at, n).copy_(values)
         self.biased = self.biased and at > 0
         if bias is not None and not self.biased:
             self.bias[:, :, :at] = 0
@@ -78,12 +79,12 @@ class LiveLayer(CacheLayerMixin):
                 "a live cache keeps no gradients; run the model under torch.inference_mode()"
             )
         self.write(key_states, value_states, None, self.length)
-        keys = self.keys[:, :, : self.length]
+        keys = self.keys.narrow(2, 0, self.length)
         if self.biased:
-            keys.slot_bias = self.bias[:, :, : self.length]  # type: ignore[attr-defined]
+            keys.slot_bias = self.bias.narrow(2, 0, self.length)  # type: ignore[attr-defined]
         if self.observe is not None:
             keys.observe = self.observe  # type: ignore[attr-defined]
-        return keys, self.values[:, :, : self.length]
+        return keys, self.values.narrow(2, 0, self.length)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.length + query_length, 0
@@ -159,22 +160,23 @@ class LiveCache(Cache):
 
         Raises BudgetError, before anything is forgotten, for more than there are in all.
         """
-        for layer, part in zip(self._live, self._divided(capacities), strict=True):
+        for layer, part in zip(self.live, self._divided(capacities), strict=True):
             layer.move(*part)
 
     @property
     def room(self) -> int:
         """Tokens that can still be taken in: each takes a slot in every layer."""
-        return min(layer.capacity - layer.length for layer in self._live)
+        return min(layer.capacity - layer.length for layer in self.live)
 
     @property
-    def _live(self) -> list[LiveLayer]:
+    def live(self) -> list[LiveLayer]:
+        """The layers, as what they are."""
         return cast("list[LiveLayer]", self.layers)
 
     @property
     def lengths(self) -> list[int]:
         """Slots held, layer by layer."""
-        return [layer.length for layer in self._live]
+        return [layer.length for layer in self.live]
 
     @property
     def length(self) -> int:
@@ -194,7 +196,7 @@ class LiveCache(Cache):
         Keys and values `(H_kv, S, d)`, for every row, or `(B, H_kv, S, d)`; bias without `d`.
         Spans may so be placed one after another. Raises BudgetError past the capacity.
         """
-        target = self._live[layer]
+        target = self.live[layer]
         rows, heads, _, d = target.keys.shape
         slots = keys.shape[-2]
         fitting = {(heads, slots, d), (rows, heads, slots, d)}
@@ -217,7 +219,7 @@ class LiveCache(Cache):
 
     def raw(self, layer: int, low: int, high: int) -> tuple[Tensor, Tensor]:
         """Keys and values of slots `[low, high)` of row 0: views `(H_kv, n, d)`, as rotated."""
-        held = self._live[layer]
+        held = self.live[layer]
         if not 0 <= low <= high <= held.length:
             raise InputError(
                 f"layer {layer} holds {held.length} slots; [{low}, {high}) is not among them"
@@ -227,13 +229,13 @@ class LiveCache(Cache):
     def observed(self) -> list[Tensor]:
         """A list to which forward passes add queries `(B, H, n, d)`, layer after layer."""
         queries: list[Tensor] = []
-        for layer in self._live:
+        for layer in self.live:
             layer.observe = queries.append
         return queries
 
     def row(self, layer: int) -> tuple[Tensor, Tensor | None]:
         """Row 0 of a layer: keys `(H_kv, S, d)`, as rotated, and the bias `(H_kv, S)` if any."""
-        held = self._live[layer]
+        held = self.live[layer]
         bias = held.bias[0, :, : held.length] if held.biased else None
         return held.keys[0, :, : held.length], bias
 
@@ -245,6 +247,11 @@ class LiveCache(Cache):
         """
         n = tokens_to_remove
         super().crop(min(n - self.length, 0) if n >= 0 else n)
+
+    def cut(self, lengths: Sequence[int]) -> None:
+        """Back to what `lengths` was, after tokens were added: their slots are forgotten."""
+        for layer, length in zip(self.live, lengths, strict=True):
+            layer.length = min(layer.length, length)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Slots at the largest layer: where the next token stands when no position is given."""

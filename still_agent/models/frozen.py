@@ -27,6 +27,7 @@ from still_agent.models import attention
 from still_agent.models.cache import LiveCache
 from still_agent.models.digests import kept
 from still_agent.models.placed import placed
+from still_agent.models.rows import Rows, unchanged
 from still_agent.models.tokenizers import Tokenizer
 from still_memory.compactors.cache import Cache
 from still_memory.compactors.kv_distill import Adapt
@@ -131,12 +132,50 @@ class FrozenModel:
     def forward(self, ids: Sequence[int], cache: LiveCache, position: int) -> Tensor:
         """Feed tokens at `position`, `position + 1`, ...; they join the cache.
 
-        Returns the logits `(vocab,)` after the last one, in fp32. Nothing is changed when
-        BudgetError (no room, or past the trained window) or InputError is raised.
+        Returns the logits `(vocab,)` after the last one, in fp32. The cache is unchanged when
+        anything is raised: BudgetError (no room, or past the trained window) or InputError.
         """
         n = len(ids)
         if n == 0:
             raise InputError("no token to feed; give at least one")
+        self._require_place(n, cache, position)
+        row = torch.tensor([ids], dtype=torch.long, device=self.device)
+        positions = torch.arange(position, position + n, device=self.device)[None]
+        with unchanged([cache]):
+            logits: Tensor = self.model(
+                input_ids=row,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            ).logits
+        return logits[0, -1].float()
+
+    @torch.inference_mode()
+    def forward_rows(
+        self, tokens: Sequence[int], caches: Sequence[LiveCache], positions: Sequence[int]
+    ) -> Tensor:
+        """Feed one token to each of B live caches, at a position in each, in one pass.
+
+        Returns the logits `(B, vocab)` after them, in fp32. No cache is changed when anything is
+        raised: BudgetError as by `forward`, for the first row at fault; InputError for a cache
+        that is two rows.
+        """
+        if len(set(map(id, caches))) < len(caches) or not caches:
+            raise InputError("rows of a batch are live caches of their own; give each one once")
+        for cache, position in zip(caches, positions, strict=True):
+            self._require_place(1, cache, position)
+        with unchanged(caches):
+            logits: Tensor = self.model(
+                input_ids=torch.tensor(tokens, dtype=torch.long, device=self.device)[:, None],
+                position_ids=torch.tensor(positions, device=self.device)[:, None],
+                attention_mask={"full_attention": None},  # one new token a row sees every slot
+                past_key_values=Rows(caches),
+                use_cache=True,
+            ).logits
+        return logits[:, -1].float()
+
+    def _require_place(self, n: int, cache: LiveCache, position: int) -> None:
         if n > cache.room:
             raise BudgetError(
                 f"the live cache has room for {cache.room} slots and {n} more are needed; "
@@ -147,16 +186,6 @@ class FrozenModel:
                 f"positions {position} to {position + n - 1} leave the window of {self.window} "
                 f"that {self.name!r} was trained for; use a budget of at most that many slots"
             )
-        row = torch.tensor([ids], dtype=torch.long, device=self.device)
-        positions = torch.arange(position, position + n, device=self.device)[None]
-        logits: Tensor = self.model(
-            input_ids=row,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits
-        return logits[0, -1].float()
 
     def encode(self, text: str) -> list[int]:
         """See `still_memory.compactors.looks.Reader`."""

@@ -1,0 +1,412 @@
+"""Sessions in threads of their own share forward passes, and notice nothing of each other."""
+
+from __future__ import annotations
+
+import gc
+import random
+import signal
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count, pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from still_agent import Agent, Budget
+from still_agent.batch import LONGEST_GRACE, Batch, _Turn, batch_of
+from still_agent.models import FrozenModel, LiveCache
+from still_memory.errors import BudgetError
+from tests.agent.conftest import MakeAgent
+
+PATIENCE = 5.0  # seconds after which a thread counts as stuck
+
+
+class Kept:
+    """A cache that remembers the ids it was fed, all that a scheduler needs of one."""
+
+    def __init__(self) -> None:
+        self.ids: list[int] = []
+
+    def crop(self, tokens_to_remove: int) -> None:
+        del self.ids[tokens_to_remove:]
+
+
+class Recorder:
+    """A model that computes nothing, takes its time, and finds out whether it is run twice."""
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self.seconds = seconds
+        self.passes: list[tuple[str, int, int]] = []  # kind, rows, thread
+        self.raises: Callable[[], None] = lambda: None  # in the middle of each pass
+        self._running = threading.Lock()
+
+    def forward(self, ids: Sequence[int], cache: Any, position: int) -> Tensor:
+        self._run("read" if len(ids) > 1 else "one", 1)
+        if min(ids) < 0:
+            raise IndexError(f"{min(ids)} is no token")
+        cache.ids += ids
+        return torch.tensor(float(sum(cache.ids)))
+
+    def forward_rows(
+        self, tokens: Sequence[int], caches: Sequence[Any], positions: Sequence[int]
+    ) -> Tensor:
+        self._run("rows", len(tokens))
+        if min(tokens) < 0:
+            raise IndexError(f"{min(tokens)} is no token")
+        for token, cache in zip(tokens, caches, strict=True):
+            cache.ids.append(token)
+        return torch.tensor([float(sum(cache.ids)) for cache in caches])
+
+    def _run(self, kind: str, rows: int) -> None:
+        assert self._running.acquire(blocking=False), "two passes of a model at once"
+        try:
+            time.sleep(self.seconds)
+            self.raises()
+            self.passes.append((kind, rows, threading.get_ident()))
+        finally:
+            self._running.release()
+
+
+class Gate:
+    """The first pass of a model waits in here, so that the next ones are many rows."""
+
+    def __init__(self, model: FrozenModel | Recorder) -> None:
+        self.model, self.entered, self.opened = model, threading.Event(), threading.Event()
+
+    def forward(self, ids: Sequence[int], cache: Any, position: int) -> Tensor:
+        self.entered.set()
+        assert self.opened.wait(PATIENCE)
+        return self.model.forward(ids, cache, position)
+
+    def forward_rows(self, *rows: Any) -> Tensor:
+        return self.model.forward_rows(*rows)
+
+
+@pytest.fixture
+def pool() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(16) as threads:
+        yield threads
+
+
+def until(happened: Callable[[], object]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not happened():
+        assert time.monotonic() < deadline, "it never happened"
+        time.sleep(0.001)
+
+
+def met(model: Any, caches: Sequence[Any], ids: Sequence[int], pool: ThreadPoolExecutor) -> Any:
+    """Futures of one token each, that meet in one batch behind a pass of the gate's."""
+    gate = Gate(model)
+    batch = Batch(gate)
+    first: Any = Kept() if isinstance(model, Recorder) else model.new_cache(4)
+    futures = [pool.submit(batch.forward, [1], first, 0)]
+    assert gate.entered.wait(PATIENCE)
+    futures += [
+        pool.submit(batch.forward, [token], cache, 0)
+        for token, cache in zip(ids, caches, strict=True)
+    ]
+    until(lambda: len(batch._rows) == len(futures))
+    return gate, batch, futures
+
+
+def counted(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The rows of each pass that is made of several."""
+    rows: list[int] = []
+    whole = agent.model.forward_rows
+
+    def forward_rows(tokens: Any, caches: Any, positions: Any) -> Tensor:
+        rows.append(len(tokens))
+        return whole(tokens, caches, positions)
+
+    monkeypatch.setattr(agent.model, "forward_rows", forward_rows)
+    return rows
+
+
+# -- real sessions ----------------------------------------------------------------------------
+
+
+def test_eight_sessions_reply_together_as_each_does_alone(
+    pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = ["My sister Ana lives in Porto. " * n for n in range(1, 9)]  # lengths of their own
+    replies = []
+    for together in (False, True):
+        with Agent.load("reference", budget=Budget(slots=256), device="cpu") as agent:
+            rows = counted(agent, monkeypatch)
+            chats = [agent.session(f"chat {n}") for n in range(8)]
+            for chat, text in zip(chats, told, strict=True):
+                chat.read(text)
+            ask = [(chat, "Where does my sister live?") for chat in chats]
+            mapped = pool.map if together else map
+            found = [*mapped(lambda a: a[0].send(a[1], max_tokens=32), ask)]  # type: ignore[operator]
+            replies.append([(r.text, r.usage) for r in found])
+            assert bool(rows) == together
+    assert replies[0] == replies[1]
+    assert max(rows) >= 4
+
+
+def test_compactions_in_mid_reply_happen_inside_a_batch(
+    make_agent: MakeAgent, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replies = []
+    for together in (False, True):
+        agent = make_agent(slots=64)
+        rows = counted(agent, monkeypatch)
+        chats = [agent.session(f"chat {n}") for n in range(6)]
+        mapped = pool.map if together else map
+        found = [
+            *mapped(  # type: ignore[operator]
+                lambda c: c.send("Where? " * (1 + len(c.id)), max_tokens=60), chats
+            )
+        ]
+        replies.append([(r.text, r.usage, c.stats) for r, c in zip(found, chats, strict=True)])
+        assert bool(rows) == together
+        monkeypatch.undo()
+    assert replies[0] == replies[1]
+    assert all(usage.compactions for _, usage, _ in replies[1])
+    assert max(rows) >= 3
+
+
+def test_a_reader_that_stops_pulling_stalls_nobody(
+    make_agent: MakeAgent, pool: ThreadPoolExecutor
+) -> None:
+    agent = make_agent(slots=64)
+    alone = agent.session("alone").send("Hello there.", max_tokens=30).text
+    slow = agent.session("slow").stream("Hello there.", max_tokens=30)
+    pieces = [next(slow)]
+    others = [agent.session(f"chat {n}") for n in range(4)]
+    sending = [pool.submit(chat.send, "Hello there.", max_tokens=30) for chat in others]
+    assert {future.result(PATIENCE).text for future in sending} == {alone}
+    assert "".join([*pieces, *slow]) == alone
+
+
+def test_sessions_of_all_agents_of_a_model_share_its_batch(make_agent: MakeAgent) -> None:
+    one, other = make_agent(), make_agent()
+    assert one.model is other.model
+    batch = one.session("a")._state._batch
+    assert batch is other.session("b")._state._batch is batch_of(one.model)
+
+
+def test_a_batch_goes_with_its_last_session(tiny: FrozenModel) -> None:
+    model = FrozenModel(tiny.model, tiny.tokenizer, "another")
+    batch, gone = batch_of(model), weakref.ref(model)
+    assert batch is not batch_of(tiny)
+    del model, batch
+    gc.collect()
+    assert gone() is None
+
+
+# -- errors and interruptions -----------------------------------------------------------------
+
+
+def test_a_rows_error_reaches_its_own_thread_alone(
+    tiny: FrozenModel, pool: ThreadPoolExecutor
+) -> None:
+    full = tiny.new_cache(1)
+    tiny.forward([9], full, 0)
+    caches = [full, *(tiny.new_cache(4) for _ in range(4))]
+    ids = [5, 6, tiny.vocab_size + 1, 7, 8]
+    gate, _, (first, *others) = met(tiny, caches, ids, pool)
+    gate.opened.set()
+    first.result(PATIENCE)
+    with pytest.raises(BudgetError, match="room for 0 slots"):
+        others[0].result(PATIENCE)
+    with pytest.raises(IndexError):
+        others[2].result(PATIENCE)
+    for n in (1, 3, 4):
+        expected = tiny.forward([ids[n]], tiny.new_cache(4), 0)
+        torch.testing.assert_close(others[n].result(PATIENCE), expected, rtol=0, atol=2e-5)
+    assert [cache.length for cache in caches] == [1, 1, 0, 1, 1]
+
+
+def test_an_interrupted_leader_leaves_the_pass_to_another(pool: ThreadPoolExecutor) -> None:
+    model, caches = Recorder(), [Kept() for _ in range(5)]
+
+    def once() -> None:
+        if model.passes:  # the gate's own pass is over
+            model.raises = lambda: None
+            raise KeyboardInterrupt
+
+    model.raises = once
+    gate, batch, (first, *others) = met(model, caches, range(5), pool)
+    gate.opened.set()
+    first.result(PATIENCE)
+    raised = [type(future.exception(PATIENCE)) for future in others]
+    assert sorted(map(str, raised)) == sorted(map(str, [KeyboardInterrupt] + [type(None)] * 4))
+    for n, error in enumerate(raised):
+        assert caches[n].ids == ([] if error is KeyboardInterrupt else [n])
+    assert not batch._rows and not batch._running
+
+
+@pytest.mark.parametrize("nth", [1, 2, 3, 4])
+def test_a_leader_interrupted_while_it_wakes_the_others_still_wakes_them(
+    pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch, nth: int
+) -> None:
+    caches, calls, wake = [Kept() for _ in range(4)], count(1), _Turn.wake
+
+    def interrupted(turn: _Turn) -> None:
+        if next(calls) == nth:
+            raise KeyboardInterrupt
+        wake(turn)
+
+    monkeypatch.setattr(_Turn, "wake", interrupted)
+    gate, batch, futures = met(Recorder(), caches, range(4), pool)
+    gate.opened.set()
+    errors = [future.exception(PATIENCE) for future in futures]
+    assert [type(e) for e in errors if e] == [KeyboardInterrupt]
+    for n, error in enumerate(errors[1:]):
+        assert caches[n].ids == ([] if error else [n])
+    assert not batch._rows and not batch._running
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="signals of POSIX")
+@pytest.mark.parametrize("computed", [False, True], ids=["while queued", "while computed"])
+def test_an_interrupted_waiter_takes_its_row_with_it(
+    pool: ThreadPoolExecutor, computed: bool
+) -> None:
+    model, mine, other = Recorder(), Kept(), Kept()
+    gate, batch, (first, second) = met(model, [other], [7], pool)
+    inside, main = threading.Event(), threading.get_ident()
+
+    def slow() -> None:
+        if not inside.is_set() and threading.get_ident() != main and gate.opened.is_set():
+            inside.set()
+            time.sleep(0.05)
+
+    def interrupt() -> None:
+        until(lambda: len(batch._rows) == 3)
+        if computed:
+            model.raises = slow
+            gate.opened.set()
+            assert inside.wait(PATIENCE)
+        signal.pthread_kill(main, signal.SIGINT)
+        time.sleep(0.05)
+        gate.opened.set()
+
+    interrupting = pool.submit(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        batch.forward([5], mine, 0)
+        time.sleep(PATIENCE)
+    interrupting.result(PATIENCE)
+    first.result(PATIENCE)
+    second.result(PATIENCE)
+    assert mine.ids == [] and other.ids == [7]
+    assert not batch._rows and not batch._running
+    assert batch.forward([6], mine, 0) == 6
+
+
+# -- who goes when ----------------------------------------------------------------------------
+
+
+def test_a_session_alone_runs_its_own_passes_one_by_one() -> None:
+    model, cache = Recorder(), Kept()
+    batch = Batch(model)
+    for ids in ([1, 2, 3], [4], [5], [6, 7], [8]):
+        batch.forward(ids, cache, 0)
+    assert cache.ids == [1, 2, 3, 4, 5, 6, 7, 8]
+    me = threading.get_ident()
+    assert model.passes == [(kind, 1, me) for kind in ("read", "one", "one", "read", "one")]
+
+
+def test_a_long_text_and_replies_take_turns(pool: ThreadPoolExecutor) -> None:
+    model = Recorder(seconds=0.002)
+    batch = Batch(model)
+
+    def decode(cache: Kept) -> None:
+        for n in range(60):
+            batch.forward([n], cache, 0)
+
+    def read(cache: Kept) -> None:
+        for n in range(30):
+            batch.forward([n, n], cache, 0)
+
+    decoding = [pool.submit(decode, Kept()) for _ in range(3)]
+    until(lambda: len(model.passes) > 3)
+    reading = pool.submit(read, Kept())
+    for future in (*decoding, reading):
+        future.result(PATIENCE)
+    kinds = [kind for kind, *_ in model.passes]
+    reads = [n for n, kind in enumerate(kinds) if kind == "read"]
+    between = [later - earlier - 1 for earlier, later in pairwise(reads)]
+    assert sorted(between)[len(between) // 2] in (1, 2, 3)  # as much time for one as for the other
+    assert max(between) < 12
+
+
+def test_who_was_in_the_last_pass_is_waited_for(pool: ThreadPoolExecutor) -> None:
+    model = Recorder(seconds=0.04)
+    batch = Batch(model)
+
+    def decode(late: float) -> None:
+        cache = Kept()
+        for n in range(12):
+            batch.forward([n], cache, 0)
+            time.sleep(late)  # less than the grace, each later than the one before
+
+    for future in [pool.submit(decode, n * 0.001) for n in range(5)]:
+        future.result(PATIENCE)
+    rows = sorted(rows for _, rows, _ in model.passes)
+    assert rows[len(rows) // 2] == 5
+
+
+def test_nobody_waits_long_for_one_who_does_not_come_back(pool: ThreadPoolExecutor) -> None:
+    model = Recorder(seconds=0.04)
+    batch, cache = Batch(model), Kept()
+    ended = pool.submit(batch.forward, [1], Kept(), 0)
+    until(lambda: batch._running)
+    together = [pool.submit(batch.forward, [n], c, 0) for n, c in enumerate((cache, Kept()))]
+    for future in (ended, *together):
+        future.result(PATIENCE)
+    assert model.passes[-1][:2] == ("rows", 2)
+    took = []
+    for n in range(5):
+        begin = time.perf_counter()
+        batch.forward([n], cache, 0)
+        took.append(time.perf_counter() - begin)
+    assert min(took) < 0.04 + 10 * LONGEST_GRACE
+    assert sorted(took)[2] < 0.04 + 10 * LONGEST_GRACE
+
+
+def test_whatever_happens_every_thread_gets_its_own(pool: ThreadPoolExecutor) -> None:
+    model = Recorder()
+    batch = Batch(model)
+    chance = random.Random(0)
+
+    def maybe() -> None:
+        if chance.random() < 0.05:
+            raise KeyboardInterrupt if chance.random() < 0.5 else RuntimeError("no memory")
+
+    model.raises = maybe
+
+    def talk(seed: int) -> None:
+        mine, cache, fed = random.Random(seed), Kept(), list[int]()
+        for _ in range(150):
+            ids = [mine.randrange(100) for _ in range(1 if mine.random() < 0.8 else 3)]
+            if mine.random() < 0.05:
+                ids[0] = -1
+            try:
+                logits = batch.forward(ids, cache, len(fed))
+            except (IndexError, RuntimeError, KeyboardInterrupt) as error:
+                assert not isinstance(error, IndexError) or ids[0] == -1
+            else:
+                fed += ids
+                assert logits == sum(fed) and ids[0] != -1
+            assert cache.ids == fed
+            if mine.random() < 0.1:
+                time.sleep(mine.random() * 0.003)
+
+    for future in [pool.submit(talk, seed) for seed in range(12)]:
+        future.result(PATIENCE)
+    assert not batch._rows and not batch._chunks and not batch._running
+    assert max(rows for _, rows, _ in model.passes) > 6
+
+
+def test_a_live_cache_is_all_that_a_thread_needs(tiny: FrozenModel) -> None:
+    cache: LiveCache = tiny.new_cache(8)
+    logits = Batch(tiny).forward([5, 6], cache, 0)
+    assert torch.equal(logits, tiny.forward([5, 6], tiny.new_cache(8), 0))
