@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, Qwen3ForCausalLM
 
 from still_agent.models import FrozenModel, LiveCache
 from still_memory.errors import BudgetError, InputError
-from tests.conftest import tiny_model
 
 PROMPT = [4081, 4083, 104, 512, 33, 900, 77, 4086, 4084]
 
@@ -42,9 +43,13 @@ def test_a_decode_step_copies_no_cache(tiny: FrozenModel) -> None:
     assert values.data_ptr() == cache.layers[0].values.data_ptr()
 
 
-def test_each_step_equals_stock_generate(tiny: FrozenModel) -> None:
-    stock = tiny_model()
-    stock.set_attn_implementation("sdpa")
+@pytest.fixture(scope="module")
+def stock(tiny_folder: Path) -> Qwen3ForCausalLM:
+    """From the same file: how far weights are from a cache line shows in the last bits."""
+    return Qwen3ForCausalLM.from_pretrained(tiny_folder, attn_implementation="sdpa").eval()
+
+
+def test_each_step_equals_stock_generate(tiny: FrozenModel, stock: Qwen3ForCausalLM) -> None:
     out = stock.generate(
         torch.tensor([PROMPT]),
         max_new_tokens=30,
@@ -62,9 +67,9 @@ def test_each_step_equals_stock_generate(tiny: FrozenModel) -> None:
         logits = tiny.forward([token], cache, len(PROMPT) + step)
 
 
-def test_prefill_in_chunks_equals_a_dynamic_cache(tiny: FrozenModel) -> None:
-    stock = tiny_model()
-    stock.set_attn_implementation("sdpa")
+def test_prefill_in_chunks_equals_a_dynamic_cache(
+    tiny: FrozenModel, stock: Qwen3ForCausalLM
+) -> None:
     live, dynamic = tiny.new_cache(32), DynamicCache(config=stock.config)
     for low in range(0, 9, 4):
         part = PROMPT[low : low + 4]
