@@ -11,14 +11,14 @@ from __future__ import annotations
 import os
 import sqlite3
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import sqlite_utils
 
 from still_memory import check_rows, check_words
 from still_memory.errors import DamageError, StoreError
-from still_memory.findings import Enough, Noted, Report
+from still_memory.findings import Enough, Noted, Report, shown
 from still_memory.migrations import APPLICATION_ID, migrations
 from still_memory.vault import Key, Vault, unlocked, user_key
 
@@ -208,6 +208,8 @@ def _noting(noted: Noted, what: str) -> Iterator[None]:
         if name.removeprefix("SQLITE_").startswith(_ELSEWHERE):
             raise
         noted.add("file", f"{what} cannot be read to its end: {error}")
+    except UnicodeDecodeError as error:  # a damaged schema makes messages that are not UTF-8
+        noted.add("file", f"{what} cannot be read: {error}")
 
 
 def _applied(conn: sqlite3.Connection, path: Path, noted: Noted) -> set[str]:
@@ -225,6 +227,10 @@ def _applied(conn: sqlite3.Connection, path: Path, noted: Noted) -> set[str]:
         )
     if not applied or applied != set(known[: len(applied)]):
         noted.add("schema", f"its migrations are {sorted(applied)}")
+    with suppress(sqlite3.OperationalError):  # read when it is opened, and used by nobody
+        for (when,) in conn.execute("select applied_at from _sqlite_migrations"):
+            if shown(f"{when}") != f"{when}":
+                noted.add("schema", "the time of a migration is no text, so it cannot be opened")
     return applied
 
 

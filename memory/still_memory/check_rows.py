@@ -175,7 +175,7 @@ def spans(conn: sqlite3.Connection, vaults: Mapping[int, Vault], noted: Noted) -
             if error.sqlite_errorname.startswith(("SQLITE_BUSY", "SQLITE_NOMEM")):
                 raise
             noted.span(f"SQLite cannot read it: {error}", row, address, None)
-        done += size
+        done += size if type(size) is int else 0  # a damaged row may hold values of any type
         yield done
 
 

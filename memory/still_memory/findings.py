@@ -125,10 +125,10 @@ class Noted:
         """Note a fault that harms these sessions, and those that these checkpoints belong to."""
         harmed = set(checkpoints)
         self._harmed |= harmed
-        names = {_shown(name) for name in sessions}
+        names = {shown(name) for name in sessions}
         names |= {name for row in harmed for name, _ in self._named(row)}
         self.findings.append(
-            Finding(kind, _shown(how), tuple(sorted(names)), row, turn, generation, span, layer)
+            Finding(kind, shown(how), tuple(sorted(names)), row, turn, generation, span, layer)
         )
         if len(self.findings) >= self._most:
             raise Enough
@@ -162,13 +162,14 @@ class Noted:
         """A span is damaged, and so is every state that it stands in."""
         query = "select checkpoint from checkpoint_spans where span = ?"
         held = [c for (c,) in self._conn.execute(query, (row,))]
-        self.add("span", how, checkpoints=held, row=row, span=_shown(address), layer=layer)
+        self.add("span", how, checkpoints=held, row=row, span=shown(address), layer=layer)
 
     def unharmed(self) -> dict[str, list[int]]:
         """Of each harmed session, the turns after which a whole state of it is kept."""
         names = {name for finding in self.findings for name in finding.sessions}
         kept: dict[str, list[int]] = {name: [] for name in sorted(names)}
-        with suppress(sqlite3.Error):  # where nothing can be read, nothing is unharmed
+        # where nothing can be read (a damaged schema: not even told why), nothing is unharmed
+        with suppress(sqlite3.Error, UnicodeDecodeError):
             rows = self._conn.execute("select id from checkpoints order by id desc").fetchall()
             for (row,) in rows:
                 for name, turns in self._named(row):
@@ -182,7 +183,7 @@ class Noted:
             " on s.id = c.session left join tenants n on n.id = s.tenant where c.id = ?",
             (checkpoint,),
         ).fetchall()
-        return [(_shown(self.named(tenant, name)), turns) for tenant, name, turns in rows]
+        return [(shown(self.named(tenant, name)), turns) for tenant, name, turns in rows]
 
     def named(self, tenant: str, session: str) -> str:
         """A session as people know it; where its name cannot be read, as it is stored."""
@@ -191,6 +192,6 @@ class Noted:
         return label(tenant, session)
 
 
-def _shown(text: str) -> str:
+def shown(text: str) -> str:
     """Text that can be printed, whatever bytes it was read from."""
     return text.encode("utf-8", "replace").decode()

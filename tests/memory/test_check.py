@@ -78,6 +78,7 @@ HERS = damage.HER_SPANS
         ("drop table span_layers", "schema", "span_layers is missing"),
         ("alter table spans add column more text", "schema", "columns of spans"),
         ("delete from _sqlite_migrations", "schema", "migrations"),
+        ("update _sqlite_migrations set applied_at = cast(x'ff' as text)", "schema", "no text"),
         ("drop table _sqlite_migrations", "schema", "migrations"),
     ],
 )  # fmt: skip
