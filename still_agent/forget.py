@@ -52,7 +52,8 @@ def forget(
     check_choice(later, Later, "later")
     for _ in range(_TRIES):
         tainted = store.tainted(turns)
-        if later == "refuse" and (len(tainted) > 1 or any(taint.later for taint in tainted)):
+        more = any(taint.later or taint.graph_states for taint in tainted)
+        if later == "refuse" and (len(tainted) > 1 or more):
             raise TaintedError(_told(session, tainted), tainted)
         try:
             return _attempt(state, steps, store, tainted, turns, later, on_progress)
@@ -136,5 +137,6 @@ def _told(session: str, tainted: Sequence[Taint]) -> str:
         f"what is to be forgotten has entered more than itself: {'; '.join(map(str, tainted))}. "
         "What was computed from it goes in any case; say what becomes of the words said later: "
         "later='keep' leaves them, read without it, and later='forget' forgets them too, in every "
-        "session. Or name those that are to go with it"
+        "session. Or name those that are to go with it. The states of a thread's graph go with any "
+        "of its turns: its engine begins that thread anew"
     )

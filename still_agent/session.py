@@ -205,7 +205,8 @@ class Session:
         What was said later was computed from them and may quote them. later: what becomes of it,
         in every session that had them:
 
-        - "refuse": if there is any, or another session that had them, a TaintedError lists it.
+        - "refuse": if there is any, or another session that had them, or a graph of their thread
+          (whose states go), a TaintedError lists it.
         - "keep": the later words stay, and are read again. A reply whose message is forgotten
           stays as text that was read.
         - "forget": the later turns go too.

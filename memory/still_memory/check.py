@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import sqlite_utils
 
-from still_memory import check_rows, check_words
+from still_memory import check_graphs, check_rows, check_words
 from still_memory.errors import DamageError, StoreError
 from still_memory.findings import Enough, Noted, Report, shown
 from still_memory.migrations import APPLICATION_ID, migrations
@@ -29,7 +29,8 @@ OnProgress = Callable[[str, int, int], None]  # what is read, how much of it, of
 _REFERRING = (
     "models", "turns", "sessions", "checkpoints", "spans", "span_layers", "checkpoint_spans"
 )  # fmt: skip
-_TABLES = ("meta", "tenants", *_REFERRING)
+_TABLES = ("meta", "tenants", *_REFERRING, *check_graphs.TABLES)
+_COUNTED = ("sessions", "turns", "checkpoints", "spans", "span_bytes")
 _KINDS = {"turns": "turn", "checkpoints": "checkpoint", "spans": "span", "sessions": "session"}
 # What is no damage, but a reason why nothing can be said.
 _ELSEWHERE = ("BUSY", "LOCKED", "NOMEM", "FULL", "CANTOPEN", "PERM", "AUTH", "INTERRUPT")
@@ -70,7 +71,7 @@ def check_store(
 def _check(conn: sqlite3.Connection, path: Path, secret: bytes | None, tell: OnProgress) -> Report:
     conn.execute("begin")
     noted = Noted(conn, MOST)
-    counts = dict.fromkeys(("sessions", "turns", "checkpoints", "spans", "span_bytes"), 0)
+    counts = dict.fromkeys((*_COUNTED, "graph_states"), 0)
     complete, readable = True, False
     applied: set[str] = set()
     try:
@@ -86,12 +87,12 @@ def _check(conn: sqlite3.Connection, path: Path, secret: bytes | None, tell: OnP
             with _noting(noted, "a reference"):
                 _dangling(conn, noted)
             with _noting(noted, "a table"):
-                counts = _counted(conn)
+                counts |= _counted(conn)
             _as_now(conn, applied)
             vault = _unlocked(conn, path, secret, noted)
             if vault is not None:
                 noted.vault = vault
-                _check_rows(conn, vault, noted, counts, tell, "m003_words" in applied)
+                _check_rows(conn, vault, noted, counts, tell, applied)
     except Enough:
         complete = False
     return Report(
@@ -116,7 +117,7 @@ def _check_rows(
     noted: Noted,
     counts: dict[str, int],
     tell: OnProgress,
-    indexed: bool,
+    applied: set[str],
 ) -> None:
     vaults: dict[int, Vault] = {}
     with _noting(noted, "the table of tenants"):
@@ -134,6 +135,9 @@ def _check_rows(
         with _noting(noted, "the table of spans"):
             for done in check_rows.spans(conn, vaults, noted):
                 tell("bytes of spans", done, counts["span_bytes"])
+        if "m007_graphs" in applied:
+            _check_graphs(conn, vaults, noted, counts, tell)
+        indexed = "m003_words" in applied
         if indexed and vault.encrypted:
             with _noting(noted, "the index of words"):
                 check_words.none(conn, noted)
@@ -143,6 +147,25 @@ def _check_rows(
                     tell("turns in the index of words", done, counts["turns"])
         with _noting(noted, "what nothing leads to"):
             check_rows.leftovers(conn, noted)
+
+
+def _check_graphs(
+    conn: sqlite3.Connection,
+    vaults: Mapping[int, Vault],
+    noted: Noted,
+    counts: dict[str, int],
+    tell: OnProgress,
+) -> None:
+    with _noting(noted, "the table of graphs' states"):
+        (counts["graph_states"],) = conn.execute("select count(*) from graph_states").fetchone()
+        for done in check_graphs.states(conn, vaults, noted):
+            tell("states of graphs", done, counts["graph_states"])
+    with _noting(noted, "the table of graphs' values"):
+        check_graphs.values(conn, vaults, noted)
+        if many := check_graphs.leftovers(conn):
+            noted.add("leftover", f"{many} values of graphs, which no state holds")
+    with _noting(noted, "the table of graphs' writes"):
+        check_graphs.writes(conn, vaults, noted)
 
 
 def _as_now(conn: sqlite3.Connection, applied: set[str]) -> None:
@@ -310,4 +333,4 @@ def _counted(conn: sqlite3.Connection) -> dict[str, int]:
         " (select count(*) from checkpoints), (select count(*) from spans),"
         " (select coalesce(sum(bytes), 0) from spans)"
     ).fetchone()
-    return dict(zip(("sessions", "turns", "checkpoints", "spans", "span_bytes"), row, strict=True))
+    return dict(zip(_COUNTED, row, strict=True))

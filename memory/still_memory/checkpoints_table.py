@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Mapping
+from dataclasses import replace
 
 from pydantic import ConfigDict, TypeAdapter
 
@@ -83,6 +84,33 @@ def insert(conn: sqlite3.Connection, head: Head, content: Content, mark: bytes) 
         (head.session_id, head.generation, head.turn, head.turns, head.tokens, *content, mark),
     ).fetchone()
     return row[0]
+
+
+def again(
+    conn: sqlite3.Connection,
+    vault: Vault,
+    source: Head,
+    made: Head,
+    last_turn: bytes,
+    settings: str,
+    content: Content,
+    extra: str | None = None,
+) -> Head:
+    """Save the state of `source` once more, as that of `made`; its spans are held, and not read.
+
+    content: of the row of `source`'s checkpoint. extra: in place of its own.
+    """
+    slots, size, *stored = content
+    entries, told = open_state(vault, source, *stored)
+    content = slots, size, *seal_state(vault, made, entries, told if extra is None else extra)
+    mark = seal(vault.key, made, last_turn, settings, content)
+    made = replace(made, checkpoint=insert(conn, made, content, mark))
+    conn.execute(
+        "insert into checkpoint_spans (checkpoint, span)"
+        " select ?, span from checkpoint_spans where checkpoint = ?",
+        (made.checkpoint, source.checkpoint),
+    )
+    return made
 
 
 def collect(conn: sqlite3.Connection, session: int, newest: int) -> list[tuple[int, str]]:

@@ -13,7 +13,7 @@ from still_memory.vault import Vault
 
 Kind = Literal[
     "file", "schema", "key", "tenant", "model", "session", "turn", "checkpoint", "span",
-    "reference", "words", "leftover",
+    "reference", "words", "graph", "leftover",
 ]  # fmt: skip
 
 _COPY = "restore the store from a copy"
@@ -30,6 +30,7 @@ REMEDIES: Mapping[Kind, str] = {
     "span": f"{_COPY}, {_LEDGER}",
     "reference": f"{_COPY}, {_LEDGER}",
     "words": "`still-agent store reindex` builds the index anew (empty if encrypted)",
+    "graph": f"{_COPY}, or delete the thread whose graph it is of",
     "leftover": "`still-agent store prune` collects them, `store scrub` ends an erasure",
 }
 
@@ -87,6 +88,7 @@ class Report:
     checkpoints: int
     spans: int
     span_bytes: int
+    graph_states: int = 0
     complete: bool = True  # False: it found so much that it stopped looking
     # of each harmed session, the turns after which it has a kept state that is whole
     unharmed: Mapping[str, Sequence[int]] = field(default_factory=dict)
@@ -163,6 +165,14 @@ class Noted:
         query = "select checkpoint from checkpoint_spans where span = ?"
         held = [c for (c,) in self._conn.execute(query, (row,))]
         self.add("span", how, checkpoints=held, row=row, span=shown(address), layer=layer)
+
+    def graph(self, how: str, row: int | None, thread: tuple[str, str]) -> None:
+        """Something of a graph is damaged, which harms no session.
+
+        thread: the stored names of its tenant and itself; empty if that is not known.
+        """
+        whose = f" [thread {self.named(*thread)!r}]" if thread[1] else ""
+        self.add("graph", how + whose, row=row)
 
     def unharmed(self) -> dict[str, list[int]]:
         """Of each harmed session, the turns after which a whole state of it is kept."""

@@ -63,6 +63,13 @@ def m006_recognition(db: Database) -> None:
         db.conn.execute(statement)
 
 
+@migrations()
+def m007_graphs(db: Database) -> None:
+    """What a graph engine keeps of a thread, beside the thread's sessions."""
+    for statement in _M007.split(";"):
+        db.conn.execute(statement)
+
+
 _M001 = """
 create table meta (
     name text primary key,
@@ -193,4 +200,50 @@ alter table turns add column said blob;
 create index turns_said on turns (said) where said not null;
 alter table sessions add column thread text;
 create index sessions_thread on sessions (tenant, thread) where thread not null
+"""
+
+# What was said twice is kept once: a value's row names the one that it goes on from.
+_M007 = """
+create table graph_states (
+    id integer primary key,
+    tenant integer not null references tenants (id),
+    thread text not null,
+    space text not null,
+    name text not null,
+    parent text,
+    run text not null,
+    digest blob not null,
+    holds text not null,
+    about blob not null,
+    body blob not null,
+    unique (tenant, thread, space, name)
+) strict;
+create index graph_states_run on graph_states (tenant, run) where run != '';
+
+create table graph_values (
+    id integer primary key,
+    tenant integer not null references tenants (id),
+    parent integer references graph_values (id),
+    address blob not null unique,
+    data blob not null
+) strict;
+create index graph_values_parent on graph_values (parent) where parent not null;
+
+create table graph_holds (
+    state integer not null references graph_states (id) on delete cascade,
+    value integer not null references graph_values (id),
+    primary key (state, value)
+) strict, without rowid;
+create index graph_holds_value on graph_holds (value);
+
+create table graph_writes (
+    tenant integer not null references tenants (id),
+    thread text not null,
+    space text not null,
+    state text not null,
+    name text not null,
+    digest blob not null,
+    data blob not null,
+    primary key (tenant, thread, space, state, name)
+) strict, without rowid
 """

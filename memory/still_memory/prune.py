@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from still_memory import checkpoints_table, drafts_table, ledger, words
+from still_memory import checkpoints_table, drafts_table, ledger, threads, values_table, words
 from still_memory.database import StoreFile
 from still_memory.retention import Drop, Retention, plan
 from still_memory.tenants import label
@@ -65,6 +65,7 @@ def prune(
             drops = plan(conn, vault, limits, datetime.now(UTC), tenant, SLACK)
         done += [drop for drop in drops if _drop(file, vault, drop)]
         _collect_spans(file)
+        _collect_values(file)
         if _collect_turns(file, vault):
             _forget_words(file, vault)
         _give_back(file)
@@ -95,7 +96,11 @@ def _drop(file: StoreFile, vault: Vault, drop: Drop) -> bool:
             if conn.execute(query, told).fetchone() is None:
                 return False
             drafts_table.drop(conn, vault, drop.session_id)
+            query = "select tenant from sessions where id = ?"
+            (tenant,) = conn.execute(query, told[:1]).fetchone()
+            left = threads.of(conn, told[:1])
             conn.execute("delete from sessions where id = ?", told[:1])
+            threads.drop_graphs(conn, vault, tenant, left, always=False)
             return True
     for generation in drop.generations:
         with _briefly(file) as conn:
@@ -119,6 +124,16 @@ def _collect_spans(file: StoreFile) -> None:
                 row, held = spans.pop()
                 conn.execute(f"delete from spans where id = ? and {free}", (row,))
                 size += held
+
+
+def _collect_values(file: StoreFile) -> None:
+    """Values that no graph's state holds."""
+    with file.reading() as conn:
+        query = f"select id from graph_values where {values_table.FREE}"
+        values = [row for (row,) in conn.execute(query)]
+    for first in range(0, len(values), TURNS):
+        with _briefly(file) as conn:
+            values_table.collect(conn, values[first : first + TURNS])
 
 
 def _collect_turns(file: StoreFile, vault: Vault) -> int:

@@ -94,6 +94,7 @@ class StoreStats:
     checkpoints: int
     spans: int
     span_bytes: int
+    graph_states: int
     file_bytes: int
     wal_bytes: int
     free_bytes: int  # inside the file, to be used again or given back

@@ -28,7 +28,7 @@ class Space:
 
     `free_bytes` are pages to be used again, or given back where `gives_back` says so. `other_bytes`
     are rows' names and numbers, SQLite's own indexes, and what pages leave unused; where one
-    tenant's sessions, spans, turns and checkpoints are measured, also what the others have.
+    tenant's sessions, spans, turns, checkpoints and graphs are measured, also what the others have.
     """
 
     sessions: list[SessionSpace]  # largest first
@@ -42,6 +42,8 @@ class Space:
     shared_span_bytes: int
     turn_bytes: int
     checkpoint_bytes: int
+    graph_states: int
+    graph_bytes: int  # of states of graphs, their values and writes
     index_bytes: int
     free_bytes: int
     other_bytes: int
@@ -55,6 +57,11 @@ _HELD = (
     "held (span, session) as (select distinct r.span, c.session from checkpoint_spans r"
     " join checkpoints c on c.id = r.checkpoint),"
     " many (span, holders) as (select span, count(*) from held group by span)"
+)
+_GRAPHS = (
+    "coalesce(sum(length(cast(holds as blob)) + length(about) + length(body)), 0)"
+    f" + (select coalesce(sum(length(data)), 0) from graph_values where {_WHOSE})"
+    f" + (select coalesce(sum(length(data)), 0) from graph_writes where {_WHOSE})"
 )
 _CHECKPOINT = "length(cast(entries as blob)) + length(cast(extra as blob)) + length(digest)"
 
@@ -89,10 +96,12 @@ def measure(
         f" join sessions s on s.id = session where {_WHOSE}",
         tenant,
     )
+    graph_states, graph_bytes = ask(f"select count(*), {_GRAPHS} from graph_states where {_WHOSE}",
+                                    tenant)  # fmt: skip
     (index,) = ask("select coalesce(sum(length(block)), 0) from turn_words_data")
     if tenant is not None and tenants.several(conn):  # it tells how much the others say
         index = 0
-    known = span_bytes + turn_bytes + checkpoint_bytes + index
+    known = span_bytes + turn_bytes + checkpoint_bytes + graph_bytes + index
     return Space(
         sessions=_by_session(conn, vault, tenant),
         spans=spans,
@@ -105,6 +114,8 @@ def measure(
         shared_span_bytes=shared_bytes,
         turn_bytes=turn_bytes,
         checkpoint_bytes=checkpoint_bytes,
+        graph_states=graph_states,
+        graph_bytes=graph_bytes,
         index_bytes=index,
         free_bytes=page * free,
         other_bytes=max(0, page * (pages - free) - known),

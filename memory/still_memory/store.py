@@ -31,6 +31,7 @@ from still_memory import (
     recognition,
     taint,
     tenants,
+    threads,
     vault,
     words,
 )
@@ -43,10 +44,10 @@ from still_memory.errors import (
     EncryptionError,
     InputError,
     StoreError,
-    TaintedError,
     UnknownSessionError,
     deleted,
 )
+from still_memory.graphs import Graphs
 from still_memory.identity import ModelIdentity
 from still_memory.prune import Pruned, prune
 from still_memory.recognition import THREAD, Known, thread_of
@@ -127,6 +128,7 @@ class MemoryStore:
         self._vault = whole.of(self.tenant)
         self._owner_name = whole.name(self.tenant, *vault.TENANTS)
         self._spans = SpansTable(self._vault, self.codec)
+        self.graphs = Graphs(self._file, self._vault, self._owner_name, self._standing)
 
     @property
     def encrypted(self) -> bool:
@@ -463,8 +465,8 @@ class MemoryStore:
 
         `made`: for each session that `tainted` names its head, and that of the draft that was
         made without them. One transaction puts the drafts in the sessions' places and deletes the
-        turns, every state and span that they entered, and their words from the index. What is
-        deleted is in the file's bytes until `scrub`.
+        turns, every state and span that they entered, their words from the index, and all states
+        of the graphs of their threads. What is deleted is in the file's bytes until `scrub`.
 
         ConflictError, and nothing is changed, if a session has moved on, or another one has the
         turns by now.
@@ -473,6 +475,8 @@ class MemoryStore:
         with self._file.overwriting() as conn:
             rows, found = taint.trace(conn, self._vault, self._owner(conn), turns)
             taint.require_same(found, [head for head, _ in made])
+            told = threads.of(conn, [session.session_id for session in found])
+            threads.drop_graphs(conn, self._vault, self._owner(conn), told, always=True)
             heads = [self._replace(conn, head, draft, now) for head, draft in made]
             taint.drop_states(conn, self._vault, rows)
             taint.collect(conn)
@@ -486,7 +490,9 @@ class MemoryStore:
         What other sessions share stays theirs, copies by an import or a rebuild too, unless
         `forks` is "delete", which deletes them with it; "refuse" is a TaintedError if there are
         any. With `erase`, what the file still holds of it, and of anything deleted before, is
-        for `scrub`. Takes time in proportion to the text that stays, whose words are indexed anew.
+        for `scrub`. The states of its thread's graph go with the thread's last session; with
+        `erase` they go with any, for they say in their own way what it said. Takes time in
+        proportion to the text that stays, whose words are indexed anew.
         """
         check_session_name(session)
         taint.check_choice(forks, Forks, "forks")
@@ -496,30 +502,8 @@ class MemoryStore:
             row = conn.execute(query, (tenant, self._stored(session))).fetchone()
             if row is None:
                 raise _unknown(session)
-            own = "select turn from checkpoints where session = ?"
-            turns = {t for (last,) in conn.execute(own, row) for t in ledger.way(conn, last)}
-            rows, held = taint.trace(conn, self._vault, tenant, turns)
-            shared = [t for t in held if t.session_id != row[0]]
-            if shared and forks == "refuse":
-                raise TaintedError(taint.told_shared(session, shared), shared)
-            gone = [
-                (row[0], session),
-                *((t.session_id, t.session) for t in shared if forks == "delete"),
-            ]
-            for identity, _ in gone:
-                drafts_table.drop(conn, self._vault, identity)
-                (newest,) = conn.execute(
-                    "select generation from sessions where id = ?", (identity,)
-                ).fetchone()
-                checkpoints_table.collect(conn, identity, newest)
-                conn.execute("delete from sessions where id = ?", (identity,))
-            if erase:
-                taint.drop_states(conn, self._vault, rows - taint.said_now(conn, tenant))
-                taint.collect(conn)
-                erasure.mark(conn)
-            words.erase(conn, self._vault)
-        ids, names = zip(*gone, strict=True)
-        return Deleted(names, ids, tuple(shared) if forks == "keep" else ())
+            gone = [(row[0], session)]
+            return threads.delete(conn, self._vault, tenant, gone, erase=erase, forks=forks)
 
     def scrub(self) -> None:
         """Have the file hold nothing that no session leads to, whenever it was deleted.
@@ -597,11 +581,13 @@ class MemoryStore:
             tenant = self._owner(conn)
             (page,) = conn.execute("pragma page_size").fetchone()
             (free,) = conn.execute("pragma freelist_count").fetchone()
-            sessions, turns, checkpoints, spans, size = conn.execute(
+            sessions, turns, checkpoints, graphs, spans, size = conn.execute(
                 "select (select count(*) from sessions where tenant = ?1 and draft_of is null),"
                 " (select count(*) from turns where tenant = ?1),"
                 " (select count(*) from checkpoints where session in"
-                " (select id from sessions where tenant = ?1)), count(*), coalesce(sum(bytes), 0)"
+                " (select id from sessions where tenant = ?1)),"
+                " (select count(*) from graph_states where tenant = ?1),"
+                " count(*), coalesce(sum(bytes), 0)"
                 " from spans where model in (select id from models where tenant = ?1)",
                 (tenant,),
             ).fetchone()
@@ -611,6 +597,7 @@ class MemoryStore:
             checkpoints=checkpoints,
             spans=spans,
             span_bytes=size,
+            graph_states=graphs,
             file_bytes=self.path.stat().st_size,
             wal_bytes=self._log_bytes(),
             free_bytes=free * page,
@@ -630,6 +617,14 @@ class MemoryStore:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _standing(
+        self, conn: sqlite3.Connection, session: int, name: str
+    ) -> tuple[Head, checkpoints_table.Content]:
+        """The head of a session's row, and what the row of its newest checkpoint holds."""
+        query = f"{_STANDING} and c.generation = s.generation where s.id = ?"
+        row = conn.execute(query, (session,)).fetchone()
+        return self._sealed(conn, name, row), row[9:13]
 
     def _sealed(self, conn: sqlite3.Connection, session: str, row: tuple[Any, ...]) -> Head:
         """The head of a row of `_STANDING`, if its checkpoint is as it was written."""
@@ -750,11 +745,7 @@ class MemoryStore:
         settings = self._settings(conn, head)
         self._require_on_way(conn, head, None)
         self._settings(conn, draft)
-        query = f"{_STANDING} and c.generation = s.generation where s.id = ?"
-        row = conn.execute(query, (draft.session_id,)).fetchone()
-        made = self._sealed(conn, draft.session, row)
-        slots, size, *stored = row[9:13]
-        entries, _ = checkpoints_table.open_state(self._vault, made, *stored)
+        made, content = self._standing(conn, draft.session_id, draft.session)
         conn.execute(
             "update sessions set generation = ?, updated = ?, model = ? where id = ?",
             (head.generation + 1, now, self._model_id(conn, made.model), head.session_id),
@@ -767,14 +758,9 @@ class MemoryStore:
             tokens=made.tokens,
             model=made.model,
         )
-        content = slots, size, *checkpoints_table.seal_state(self._vault, new, entries, "{}")
         last_turn = ledger.turn_digest(conn, self._owner(conn), new.turn)
-        mark = checkpoints_table.seal(self._vault.key, new, last_turn, settings, content)
-        new = replace(new, checkpoint=checkpoints_table.insert(conn, new, content, mark))
-        conn.execute(
-            "insert into checkpoint_spans (checkpoint, span)"
-            " select ?, span from checkpoint_spans where checkpoint = ?",
-            (new.checkpoint, made.checkpoint),
+        new = checkpoints_table.again(
+            conn, self._vault, made, new, last_turn, settings, content, "{}"
         )
         drafts_table.drop(conn, self._vault, head.session_id)
         for turn in checkpoints_table.collect(conn, head.session_id, head.generation):

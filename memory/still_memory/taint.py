@@ -38,11 +38,13 @@ class Taint:
     forgotten: tuple[int, ...]  # the turns themselves, or copies of them
     later: tuple[int, ...]  # what was said after the first of them, and stays unless it is named
     quoting: tuple[int, ...] = ()  # of `later`, those with a word that the turns brought in
+    graph_states: int = 0  # of its thread's graph, which say it in their own way
 
     def __str__(self) -> str:
         later = f", and {_listed(self.later)} after that" if self.later else ""
         quoting = f" (words of it are in {_listed(self.quoting)})" if self.quoting else ""
-        return f"{self.session!r} has it as {_listed(self.forgotten)}{later}{quoting}"
+        graph = f"; its graph has {self.graph_states} states" if self.graph_states else ""
+        return f"{self.session!r} has it as {_listed(self.forgotten)}{later}{quoting}{graph}"
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class Deleted:
     sessions: tuple[str, ...]  # that are gone
     session_ids: tuple[int, ...]
     shared: tuple[Taint, ...]  # sessions that are not, and what they have of its turns
+    graphs: tuple[str, ...] = ()  # threads whose graphs' states went too
 
 
 def trace(
@@ -69,7 +72,9 @@ def trace(
     """
     rows = ledger.copies(conn, vault, tenant, turns)
     held = conn.execute(
-        f"{_LED} select n.name, s.name, s.id, s.generation, c.turn from sessions s"
+        f"{_LED} select n.name, s.name, s.id, s.generation, c.turn,"
+        " (select count(*) from graph_states g where g.tenant = s.tenant"
+        "  and g.thread = coalesce(s.thread, s.name)) from sessions s"
         " join tenants n on n.id = s.tenant join checkpoints c"
         " on c.session = s.id and c.generation ="
         " (select max(generation) from checkpoints where session = s.id)"
@@ -78,7 +83,7 @@ def trace(
         (_ids(rows), tenant),
     ).fetchall()
     found = []
-    for owner, stored, session, generation, last in held:
+    for owner, stored, session, generation, last, states in held:
         _, name = (vault.open_names if quoting else vault.names)(owner, stored)
         way = sorted(ledger.way(conn, last))  # a parent's id is the smaller one
         forgotten = tuple(n for n, turn in enumerate(way, 1) if turn in rows)
@@ -88,9 +93,8 @@ def trace(
             )
         later = tuple(n for n in range(forgotten[0] + 1, len(way) + 1) if way[n - 1] not in rows)
         said = ledger.read(conn, vault, last) if quoting else []
-        found.append(
-            Taint(name, session, generation, forgotten, later, quotes(said, forgotten, later))
-        )
+        alike = quotes(said, forgotten, later)
+        found.append(Taint(name, session, generation, forgotten, later, alike, states))
     return rows, found
 
 

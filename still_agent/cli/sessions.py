@@ -336,6 +336,9 @@ def delete(
     console.print(f"deleted {', '.join(map(repr, deleted.sessions))}", markup=False)
     for taint in deleted.shared:
         console.print(printable(f"what it shared stays: {taint}"), markup=False)
+    for thread in deleted.graphs:
+        told = f"the states of the graph of thread {thread!r} went with it"
+        console.print(printable(told), markup=False)
 
 
 def _rows(memory: MemoryStore, name: str, turns: list[int]) -> list[int]:

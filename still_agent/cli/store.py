@@ -90,6 +90,7 @@ def stats(store: StorePath = DEFAULT_STORE, as_json: AsJson = False) -> None:
         (f"{space.turns:,} turns", space.turn_bytes),
         ("full-text index", space.index_bytes),
         (f"{space.checkpoints:,} checkpoints", space.checkpoint_bytes),
+        (f"{space.graph_states:,} states of graphs", space.graph_bytes),
         ("rows, and unused parts of pages", space.other_bytes),
         ("free pages", space.free_bytes),
         ("the file", space.file_bytes),
@@ -250,7 +251,8 @@ def _tell(report: Report) -> None:
         console.print("So much is damaged that the check has stopped.")
     console.print(
         f"{report.sessions:,} sessions, {report.turns:,} turns, {report.checkpoints:,} "
-        f"checkpoints, {report.spans:,} spans ({report.span_bytes:,} bytes): "
+        f"checkpoints, {report.spans:,} spans ({report.span_bytes:,} bytes), "
+        f"{report.graph_states:,} states of graphs: "
         f"{'damaged' if report.damaged else 'no damage'}"
     )
 

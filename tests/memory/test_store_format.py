@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM, AESSIV
 
 from still_memory.check import check_store
 from still_memory.checkpoint import Checkpoint, Entry
+from still_memory.graphs_table import GraphState, Place
 from still_memory.identity import ModelIdentity
 from still_memory.migrations import migrations
 from still_memory.portable import Portable
@@ -309,6 +310,73 @@ def test_an_encrypted_store_is_opened_by_the_page_alone(
         same_layers(ours.span, plain)
     found = conn.execute("select rowid from turn_words where turn_words match 'p*'")
     assert found.fetchall() == []
+    conn.close()
+
+
+@pytest.mark.parametrize("sealed", [False, True], ids=["plain", "encrypted"])
+def test_a_graphs_states_are_read_by_the_page_alone(sealed: bool, open_store: Opens) -> None:
+    mine = bytes(range(32)) if sealed else None
+    store = open_store(key=mine)
+    place = Place("ålice", "süb:1", "id-2")
+    values = {"1 messages": [b"", b"one", b"two"], "2 x": [b"three"]}
+    store.graphs.put(GraphState(place, "id-1", "rün", b"about", b"body", values))
+    store.graphs.put_writes(place, {"task 0": b"written"})
+    store.close()
+    conn = sqlite3.connect(store.path)
+    conn.row_factory = sqlite3.Row
+    (key,) = conn.execute("select value from meta where name like '%key'").fetchone()
+
+    def derive(key: bytes, purpose: str, data: bytes = b"", size: int = 32) -> bytes:
+        person = purpose.encode()
+        return hashlib.blake2b(data, key=key, person=person, digest_size=size).digest()
+
+    if mine is not None:
+        cipher = AESGCM(derive(mine, "still wrap"))
+        key = cipher.decrypt(key[1:13], key[13:], b"\x01still store key")
+
+    def opened(data: bytes | str, *about: object) -> bytes:
+        if not sealed:
+            return data.encode() if isinstance(data, str) else data
+        data = base64.b64decode(data) if isinstance(data, str) else data
+        sealing = derive(key, "still seal")
+        cipher = AESGCM(derive(sealing, "still message", data[:12]))
+        return cipher.decrypt(data[12:24], data[24:], digest(sealing, "still place", *about))
+
+    def name(stored: str, *space: str) -> str:
+        if not sealed:
+            return stored
+        names, parts = AESSIV(derive(key, "still names", size=64)), [s.encode() for s in space]
+        return names.decrypt(base64.urlsafe_b64decode(stored), parts).decode()
+
+    (row,) = conn.execute("select * from graph_states")
+    assert name(row["thread"], "session", "") == "ålice" and name(row["run"], "run", "") == "rün"
+    assert name(row["space"], "space", "", row["thread"]) == "süb:1"
+    assert (row["name"], row["parent"]) == ("id-2", "id-1")
+    at = "ålice", "süb:1", "id-2"
+    assert (opened(row["about"], "about", *at), opened(row["body"], "body", *at)) == (
+        b"about", b"body"
+    )  # fmt: skip
+    told = "thread", "space", "name", "parent", "run", "holds", "about", "body"
+    assert row["digest"] == digest(key, "still graph", *(row[c] for c in told))
+    held = set()
+    for value, address in json.loads(opened(row["holds"], "holds", *at)).items():
+        last, pieces = bytes.fromhex(address), []
+        piece = conn.execute("select * from graph_values where address = ?", [last]).fetchone()
+        held.add(piece["id"])
+        while piece is not None:
+            query = "select * from graph_values where id = ?"
+            above = conn.execute(query, [piece["parent"]]).fetchone()
+            pieces.insert(0, opened(piece["data"], "value", piece["address"]))
+            before = b"" if above is None else above["address"]
+            assert piece["address"] == digest(key, "still value", before, pieces[0])
+            piece = above
+        assert pieces == values[value]
+    assert held == {v for (v,) in conn.execute("select value from graph_holds where state = 1")}
+    (row,) = conn.execute("select * from graph_writes")
+    assert name(row["name"], "write", "", row["thread"]) == "task 0"
+    assert opened(row["data"], "write", *at, "task 0") == b"written"
+    told = "thread", "space", "state", "name", "data"
+    assert row["digest"] == digest(key, "still write", *(row[c] for c in told))
     conn.close()
 
 
