@@ -56,6 +56,15 @@ def test_examples_run_and_leave_nothing_behind(
     assert not list(tmp_path.iterdir())
 
 
+def test_the_example_of_langgraph_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    *replies, branches = run(blocks("docs/langgraph.md", "python")[0], capsys).splitlines()
+    assert "Porto" in replies[0] and branches == "[] ['bob']"
+    exec(blocks("docs/langgraph.md", "python")[1], {})
+
+
 def test_links_between_pages_lead_somewhere() -> None:
     for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text("utf-8")):
@@ -65,7 +74,8 @@ def test_links_between_pages_lead_somewhere() -> None:
 def test_the_tree_names_every_module() -> None:
     tree = (ROOT / "README.md").read_text("utf-8").split("## Files")[1]
     named = {Path(line.split()[0]).name for line in tree.splitlines() if line.split()}
-    modules = [*(ROOT / "still_agent").rglob("*.py"), *(ROOT / "memory").rglob("*.py")]
+    packages = ("still_agent", "memory", "integrations")
+    modules = [path for package in packages for path in (ROOT / package).rglob("*.py")]
     missing = {m.name for m in modules if not m.name.startswith("__")} - named
     assert not missing, f"the README's tree lacks {sorted(missing)}"
 
