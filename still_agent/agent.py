@@ -241,15 +241,17 @@ class Agent:
         """The sessions of the conversation `name`, oldest first: see `answer`."""
         return self.store.branches(check_thread(name))
 
-    def delete_thread(self, name: str, *, erase: bool = False) -> list[str]:
-        """Delete a conversation with all its branches; their names. See `delete`."""
-        gone: list[str] = []
-        for session in reversed(self.branches(name)):
-            if session not in gone:
-                gone += self.delete(session, forks="delete" if erase else "keep").sessions
+    def delete_thread(
+        self, name: str, *, erase: bool = False, forks: Forks | None = None
+    ) -> Deleted:
+        """Forget a conversation: all its branches, and its graph's states. See `delete`."""
+        deleted = self.store.delete_thread(
+            check_thread(name), erase=erase, forks=forks or ("refuse" if erase else "keep")
+        )
+        self._close_deleted(deleted.session_ids)
         if erase:
             self.store.scrub()
-        return gone
+        return deleted
 
     def sessions(self) -> list[SessionInfo]:
         """The tenant's conversations, newest first."""
@@ -270,11 +272,7 @@ class Agent:
         another process was reading the store.
         """
         deleted = self.store.delete(id, erase=erase, forks=forks or ("refuse" if erase else "keep"))
-        with self._lock:
-            gone = [self._sessions.pop(session, None) for session in deleted.session_ids]
-        for session in gone:
-            if session is not None:
-                session.close_deleted()
+        self._close_deleted(deleted.session_ids)
         if erase:
             self.store.scrub()
         return deleted
@@ -317,12 +315,8 @@ class Agent:
         if not isinstance(self.store, MemoryStore):
             raise InputError("there is no file to prune: load the agent with store='memory.db'")
         pruned = self.store.prune(retention, dry_run=dry_run)
-        for drop in pruned.drops:
-            if drop.whole and not dry_run:
-                with self._lock:
-                    session = self._sessions.pop(drop.session_id, None)
-                if session is not None:
-                    session.close_deleted()
+        if not dry_run:
+            self._close_deleted([drop.session_id for drop in pruned.drops if drop.whole])
         return pruned
 
     def export(self, id: str, path: str | Path, *, plain: bool = False) -> None:
@@ -475,6 +469,13 @@ class Agent:
         while self.store.head(name := branch_name(thread, number)) is not None:
             number += 1
         return name
+
+    def _close_deleted(self, sessions: Sequence[int]) -> None:
+        with self._lock:
+            gone = [self._sessions.pop(session, None) for session in sessions]
+        for session in gone:
+            if session is not None:
+                session.close_deleted()
 
     def _keep_open(self, session: Session) -> None:
         with self._lock:

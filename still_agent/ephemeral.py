@@ -96,6 +96,10 @@ class Store(Protocol):
 
     def delete(self, session: str, *, erase: bool = False, forks: Forks = "keep") -> Deleted: ...
 
+    def delete_thread(
+        self, thread: str, *, erase: bool = False, forks: Forks = "keep"
+    ) -> Deleted: ...
+
     def close(self) -> None: ...
 
 
@@ -267,17 +271,25 @@ class EphemeralStore:
         """There is no file."""
 
     def delete(self, session: str, *, erase: bool = False, forks: Forks = "keep") -> Deleted:
-        taint.check_choice(forks, Forks, "forks")
         with self._lock:
-            others = self.tainted([turn.id for turn in self._existing(session).turns])
-            shared = [t for t in others if t.session != session]
-            if shared and forks == "refuse":
-                raise TaintedError(taint.told_shared(session, shared), shared)
-            gone = [session, *(t.session for t in shared if forks == "delete")]
-            ids = [self._sessions.pop(name).head.session_id for name in gone]
-            for identity in ids:
-                self._sessions.pop(name_of(identity), None)
-            return Deleted(tuple(gone), tuple(ids), tuple(shared) if forks == "keep" else ())
+            self._existing(session)
+            return self._delete([session], forks)
+
+    def delete_thread(self, thread: str, *, erase: bool = False, forks: Forks = "keep") -> Deleted:
+        with self._lock:
+            return self._delete(self.branches(thread), forks)
+
+    def _delete(self, names: Sequence[str], forks: Forks) -> Deleted:
+        taint.check_choice(forks, Forks, "forks")
+        others = self.tainted([t.id for name in names for t in self._existing(name).turns])
+        shared = [t for t in others if t.session not in names]
+        if shared and forks == "refuse":
+            raise TaintedError(taint.told_shared(names[0], shared), shared)
+        gone = [*names, *(t.session for t in shared if forks == "delete")]
+        ids = [self._sessions.pop(name).head.session_id for name in gone]
+        for identity in ids:
+            self._sessions.pop(name_of(identity), None)
+        return Deleted(tuple(gone), tuple(ids), tuple(shared) if forks == "keep" else ())
 
     def close(self) -> None:
         self._sessions.clear()

@@ -505,6 +505,10 @@ class MemoryStore:
             gone = [(row[0], session)]
             return threads.delete(conn, self._vault, tenant, gone, erase=erase, forks=forks)
 
+    def delete_thread(self, thread: str, *, erase: bool = False, forks: Forks = "keep") -> Deleted:
+        """Forget a conversation: its branches, and its graph's states. See `delete`."""
+        return self.graphs.delete_thread(thread, erase=erase, forks=forks)
+
     def scrub(self) -> None:
         """Have the file hold nothing that no session leads to, whenever it was deleted.
 

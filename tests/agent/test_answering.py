@@ -235,5 +235,6 @@ def test_deleting_a_thread_takes_its_branches_and_no_other(agent: Agent) -> None
     for text in ("One.", "Two."):
         answered(agent, [*told, Message("user", text)], session="alice")
     answered(agent, list(TOLD), session="bob")
-    assert sorted(agent.delete_thread("alice", erase=True)) == ["alice", "alice~2"]
+    deleted = agent.delete_thread("alice", erase=True)
+    assert sorted(deleted.sessions) == ["alice", "alice~2"] and deleted.shared == ()
     assert [s.name for s in agent.sessions()] == ["bob"]

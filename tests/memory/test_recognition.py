@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,12 +12,20 @@ from still_memory import MemoryStore
 from still_memory.checkpoint import Checkpoint
 from still_memory.errors import DamageError
 from still_memory.identity import ModelIdentity
-from still_memory.recognition import Known
 from still_memory.records import Head, NewTurn
 
 Begin = Callable[..., Head]
 EMPTY = Checkpoint((), 0)
 TOLD = [("user", "My name is Ana."), ("assistant", "Noted."), ("user", "Who am I?")]
+
+
+def found(store: MemoryStore, *asked: Any) -> tuple[str, int, bool] | None:
+    """Which session, how many turns of the list it has had, and whether it ends with them."""
+    known = store.recognise(*asked)
+    if known is None:
+        return None
+    assert [t.id for t in store.history(known.session)][known.turns - 1] == known.turn
+    return known.session, known.turns, known.stands
 
 
 @pytest.fixture
@@ -33,23 +42,23 @@ def test_the_session_with_the_longest_beginning_is_found(
 ) -> None:
     begin(store, "a", TOLD[:1], thread="t")
     begin(store, "b", TOLD[:2], thread="t")
-    assert store.recognise(TOLD, "t", model) == Known("b", 2, True)
-    assert store.recognise(TOLD[:1], "t", model) == Known("a", 1, True)
+    assert found(store, TOLD, "t", model) == ("b", 2, True)
+    assert found(store, TOLD[:1], "t", model) == ("a", 1, True)
 
 
 def test_a_session_that_went_on_otherwise_is_known_up_to_there(
     store: MemoryStore, begin: Begin, model: ModelIdentity
 ) -> None:
     begin(store, "a", [*TOLD[:2], ("user", "Hi."), ("assistant", "Hello.")])
-    assert store.recognise(TOLD, "a", model) == Known("a", 2, False)
+    assert found(store, TOLD, "a", model) == ("a", 2, False)
 
 
 def test_one_letter_more_is_another_conversation(
     store: MemoryStore, begin: Begin, model: ModelIdentity
 ) -> None:
     begin(store, "a", TOLD)
-    assert store.recognise([("user", "My name is Ana!"), *TOLD[1:]], "a", model) is None
-    assert store.recognise([("tool", TOLD[0][1]), *TOLD[1:]], "a", model) is None
+    assert found(store, [("user", "My name is Ana!"), *TOLD[1:]], "a", model) is None
+    assert found(store, [("tool", TOLD[0][1]), *TOLD[1:]], "a", model) is None
 
 
 def test_only_branches_of_the_thread_are_looked_at(
@@ -57,11 +66,11 @@ def test_only_branches_of_the_thread_are_looked_at(
 ) -> None:
     begin(store, "a", TOLD)
     begin(store, "nameless", TOLD[:2], thread="")
-    assert store.recognise(TOLD, "b", model) is None
-    assert store.recognise(TOLD, "", model) == Known("nameless", 2, True)
+    assert found(store, TOLD, "b", model) is None
+    assert found(store, TOLD, "", model) == ("nameless", 2, True)
     begin(store, "a~2", TOLD[:1], thread="b")
-    assert store.recognise(TOLD, "b", model) == Known("a~2", 1, True)
-    assert store.recognise(TOLD, "a~2", model) is None  # it is b's
+    assert found(store, TOLD, "b", model) == ("a~2", 1, True)
+    assert found(store, TOLD, "a~2", model) is None  # it is b's
 
 
 def test_a_state_of_another_model_is_not_gone_on_from(
@@ -69,7 +78,7 @@ def test_a_state_of_another_model_is_not_gone_on_from(
 ) -> None:
     begin(store, "a", TOLD)
     other = model.model_copy(update={"weights": "0" * 64})
-    assert store.recognise(TOLD, "a", other) is None
+    assert found(store, TOLD, "a", other) is None
 
 
 def test_tenants_do_not_recognise_each_others_conversations(
@@ -77,8 +86,8 @@ def test_tenants_do_not_recognise_each_others_conversations(
 ) -> None:
     with MemoryStore(path, tenant="one") as one, MemoryStore(path, tenant="two") as two:
         begin(one, "a", TOLD)
-        assert two.recognise(TOLD, "a", model) is None
-        assert one.recognise(TOLD, "a", model) == Known("a", 3, True)
+        assert found(two, TOLD, "a", model) is None
+        assert found(one, TOLD, "a", model) == ("a", 3, True)
 
 
 def test_forks_by_hand_are_conversations_of_their_own_and_others_branches(
@@ -98,8 +107,8 @@ def test_a_long_conversation_is_found_among_thousands_of_turns(
 ) -> None:
     told = [("user", f"number {n}") for n in range(1_203)]
     begin(store, "long", told[:1_100])
-    assert store.recognise(told, "long", model) == Known("long", 1_100, True)
-    assert store.recognise(told[:3], "long", model) == Known("long", 3, False)
+    assert found(store, told, "long", model) == ("long", 1_100, True)
+    assert found(store, told[:3], "long", model) == ("long", 3, False)
 
 
 def test_turns_moved_between_conversations_are_damage_and_not_reused(
@@ -112,4 +121,4 @@ def test_turns_moved_between_conversations_are_damage_and_not_reused(
         conn.execute("update turns set said = null where id = 3")
         conn.commit()
     with pytest.raises(DamageError):
-        store.recognise([*TOLD, ("user", "And now?")], "b", model)
+        found(store, [*TOLD, ("user", "And now?")], "b", model)
