@@ -56,10 +56,11 @@ def turns_of(
 ) -> list[tuple[str, str]]:
     """Roles and texts, as a ledger has them; the first is the system prompt, if there is one.
 
-    It tells of the tools, too. InputError for a list that asks for no reply, and for broken text.
+    It tells of the tools, too. The last may be an assistant's: another agent's, in a graph of them.
+    InputError where nothing but system prompts is given, and for broken text.
     """
-    if not messages or messages[-1].role not in ("user", "tool"):
-        raise InputError("nothing to reply to: the last message must be a user's or a tool's")
+    if all(message.role == "system" for message in messages):
+        raise InputError("nothing to reply to: give a message of a user, a tool or an assistant")
     told: list[tuple[str, str]] = [
         (m.role, form.text(m.text, m.tool_calls) if m.tool_calls else m.text) for m in messages
     ]

@@ -155,6 +155,23 @@ def test_messages_of_assistants_and_tools_that_were_not_made_here_are_read(agent
     assert '"weather"' in history[0].text and '"Porto"' in history[2].text
 
 
+def test_what_another_agent_has_said_last_is_replied_to_and_its_replay_is_exact(
+    agent: Agent,
+) -> None:
+    told = [*TOLD, Message("assistant", "Max lives in Rome.")]
+    answered(agent, told, session="alice")
+    told.append(Message("assistant", "Eve lives in Paris."))
+    place = answered(agent, told, session="alice").place
+    assert place is not None and (place.known, place.read_tokens) == (4, 0)
+    told.append(ASK)
+    answered(agent, told, session="alice")
+    chat = agent.session("alice")
+    before = chat.history()
+    chat.rewind(6)
+    assert chat.restored is not None and chat.restored.faithful
+    assert chat.history() == before[:6]
+
+
 def test_a_reply_that_is_left_is_undone_and_can_be_asked_for_again(agent: Agent) -> None:
     told = list(TOLD)
     answered(agent, told, session="alice")
@@ -202,7 +219,7 @@ def test_async_pieces_are_the_reply(agent: Agent) -> None:
     [
         [],
         [SYSTEM],
-        [SYSTEM, Message("assistant", "Hello.")],
+        [SYSTEM, SYSTEM],
         [Message("user", " ")],
         [Message("user", "\ud800")],
     ],
