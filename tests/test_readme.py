@@ -42,7 +42,9 @@ def test_the_first_example_of_a_page_runs_and_resumes(
         assert (turns > 5) == reused
 
 
-@pytest.mark.parametrize("name", ["quickstart", "resume", "long_trajectory"])
+@pytest.mark.parametrize(
+    "name", ["quickstart", "resume", "langchain_agent", "langgraph_memory", "long_trajectory"]
+)
 def test_examples_run_and_leave_nothing_behind(
     name: str,
     tmp_path: Path,
@@ -54,6 +56,16 @@ def test_examples_run_and_leave_nothing_behind(
     out = run(code, capsys)
     assert "tokens" in out
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("page", ["docs/langchain.md"])
+def test_the_examples_of_a_how_to_run_one_after_the_other(
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {"__name__": "__main__"}
+    for example in blocks(page, "python"):
+        exec(example, names)
 
 
 def test_the_example_of_langgraph_runs(
@@ -74,8 +86,8 @@ def test_links_between_pages_lead_somewhere() -> None:
 def test_the_tree_names_every_module() -> None:
     tree = (ROOT / "README.md").read_text("utf-8").split("## Files")[1]
     named = {Path(line.split()[0]).name for line in tree.splitlines() if line.split()}
-    packages = ("still_agent", "memory", "integrations")
-    modules = [path for package in packages for path in (ROOT / package).rglob("*.py")]
+    folders = ("still_agent", "memory", "integrations")
+    modules = [module for folder in folders for module in (ROOT / folder).rglob("*.py")]
     missing = {m.name for m in modules if not m.name.startswith("__")} - named
     assert not missing, f"the README's tree lacks {sorted(missing)}"
 

@@ -1,0 +1,93 @@
+"""Code on `RunnableWithMessageHistory` goes on, and nothing is told twice."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
+from langchain_core.output_parsers import StrOutputParser
+from langchain_core.prompts import ChatPromptTemplate, MessagesPlaceholder
+from langchain_core.runnables.history import RunnableWithMessageHistory
+
+from langchain_still import ChatStill, StillChatMessageHistory
+from still_memory.errors import InputError
+
+CONFIG: Any = {"configurable": {"session_id": "alice"}}
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+def chain_of(chat: ChatStill, *after: Any) -> Any:
+    prompt = ChatPromptTemplate.from_messages(
+        [("system", "You are brief."), MessagesPlaceholder("history"), ("human", "{said}")]
+    )
+    chain = prompt | chat
+    for step in after:
+        chain = chain | step
+    return RunnableWithMessageHistory(
+        chain,
+        lambda session_id: StillChatMessageHistory(session_id, chat),
+        input_messages_key="said",
+        history_messages_key="history",
+    )
+
+
+@pytest.mark.parametrize("after", [(), (StrOutputParser(),)])
+def test_each_turn_is_told_once_and_read_once(chat: ChatStill, after: Any) -> None:
+    chain = chain_of(chat, *after)
+    chain.invoke({"said": "My sister Ana lives in Porto."}, CONFIG)
+    reply = chain.invoke({"said": "Where does my sister live?"}, CONFIG)
+    assert "Porto" in (reply if isinstance(reply, str) else reply.text)
+    history = StillChatMessageHistory("alice", chat).messages
+    assert [type(m) for m in history] == [HumanMessage, AIMessage] * 2
+    assert [turn.role for turn in chat.open().session("alice").history()] == [
+        "system",
+        *["user", "assistant"] * 2,
+    ]
+    assert chat.open().branches("alice") == ["alice"]
+
+
+def test_a_file_is_read_without_a_model_and_the_newest_branch_is_shown(
+    chat: ChatStill, store: Path
+) -> None:
+    chain_of(chat).invoke({"said": "Hello."}, CONFIG)
+    chat.invoke([SystemMessage("Other."), HumanMessage("Hi.")], session_id="alice")
+    history = StillChatMessageHistory("alice", store)
+    assert history.messages[0].text == "Hi."
+    with pytest.raises(InputError, match="ChatStill"):
+        history.add_messages([HumanMessage("More.")])
+    history.clear()
+    history.clear()  # of nothing
+    assert history.messages == [] and chat.open().sessions() == []
+    assert chat.invoke("Hello.", session_id="alice").response_metadata["session"] == "alice"
+
+
+def test_what_was_not_answered_here_is_read(chat: ChatStill) -> None:
+    chat.invoke("Hello.", session_id="alice")
+    history = StillChatMessageHistory("alice", chat)
+    call = {"name": "now", "args": {}, "id": "c1", "type": "tool_call"}
+    told = [
+        *history.messages,
+        HumanMessage("What time is it?"),
+        AIMessage("", tool_calls=[call]),
+        ToolMessage("noon", tool_call_id="c1"),
+    ]
+    history.add_messages(told)
+    history.add_messages(told[-2:])  # is there by now
+    shown = history.messages
+    assert [m.text for m in shown] == [m.text for m in told]
+    called, answered = shown[-2:]
+    assert isinstance(called, AIMessage) and isinstance(answered, ToolMessage)
+    assert called.tool_calls[0]["name"] == "now"
+    assert answered.tool_call_id == called.tool_calls[0]["id"]
+    about = chat.invoke([*shown, HumanMessage("Thanks.")], session_id="alice").response_metadata
+    assert about["known"] == len(told) and about["forked_from"] is None
+
+
+def test_clear_deletes_the_conversation_and_no_other(chat: ChatStill) -> None:
+    for session in ("alice", "bob"):
+        chat.invoke("Hello.", session_id=session)
+    for _ in range(2):
+        StillChatMessageHistory("alice", chat).clear()
+    assert [info.name for info in chat.open().sessions()] == ["bob"]
