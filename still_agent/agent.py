@@ -20,7 +20,7 @@ from still_agent.answering import Answering, Place, branch_name, check_thread, t
 from still_agent.budget import Budget
 from still_agent.compactor import choose_compactor
 from still_agent.ephemeral import EphemeralStore, Store
-from still_agent.events import OnCompaction, OnReplay
+from still_agent.events import OnCompaction, OnReplay, OnToken
 from still_agent.forget import Forgotten, forget
 from still_agent.messages import Message
 from still_agent.models.frozen import FrozenModel
@@ -41,6 +41,7 @@ from still_memory.errors import (
     DamageError,
     InputError,
     StillError,
+    UnknownSessionError,
 )
 from still_memory.portable import UNVERIFIED, Portable
 from still_memory.prune import Pruned
@@ -151,6 +152,30 @@ class Agent:
         agent._command = _options(name, compactor, agent.budget, device, dtype)
         return agent
 
+    def of_tenant(self, tenant: str) -> Agent:
+        """An agent of the same parts for another tenant's conversations in the same file.
+
+        InputError for an agent without a file; StoreError.
+        """
+        if not isinstance(self.store, MemoryStore):
+            raise InputError("tenants share a file: load the agent with store='memory.db'")
+        return Agent(
+            self.model,
+            self.compactor,
+            self.store.of_tenant(tenant),
+            budget=self.budget,
+            sampling=self.sampling,
+            on_compaction=self._on_compaction,
+            longest_message=self._longest,
+            open_sessions=self._recent.maxlen or 0,
+        )
+
+    @property
+    def open_sessions(self) -> int:
+        """How many sessions hold a live cache."""
+        with self._lock:
+            return sum(not session.closed for session in self._sessions.values())
+
     def session(self, id: str, system: str | None = None) -> Session:
         """Open a conversation: resumed if the store holds it, else begun.
 
@@ -170,6 +195,13 @@ class Agent:
                 continue
         raise ConflictError(f"session {id!r} is being made or moved on elsewhere; try again")
 
+    def resume(self, id: str) -> Session:
+        """Open a conversation that is there, else UnknownSessionError: see `session`."""
+        head = self.store.head(id)
+        if head is None:
+            raise UnknownSessionError(f"there is no session {id!r}; sessions() lists them")
+        return self._resume(head)
+
     def answer(
         self,
         messages: Sequence[Message],
@@ -179,6 +211,7 @@ class Agent:
         tool_choice: str = "auto",
         parallel_tool_calls: bool = True,
         schema: dict[str, Any] | None = None,
+        on_token: OnToken | None = None,
         **sampling: Any,
     ) -> Answering:
         """The reply to a conversation that is given whole, as clients that keep no state send it.
@@ -193,6 +226,7 @@ class Agent:
         tools: what the model may call. `tool_choice`: "auto", "required", "none", or a tool's name.
             `parallel_tool_calls`: whether it may call several at once.
         schema: a JSON schema that the reply is to be a value of; {} is any JSON.
+        on_token: see `events.OnToken`.
         sampling: options of `Sampling` for this call.
 
         InputError for a list that asks for no reply, an unknown tool, or a schema that cannot be
@@ -210,7 +244,8 @@ class Agent:
                 format=self._form,
                 parallel=parallel_tool_calls,
             )
-        return Answering(self, thread, told, drawn, choose, self._form if tools else None)
+        form = self._form if tools else None
+        return Answering(self, thread, told, drawn, choose, form, on_token)
 
     def place(self, thread: str, told: Sequence[tuple[str, str]]) -> Place:
         """Where a conversation goes on; see `answering.Sessions`."""
@@ -233,7 +268,7 @@ class Agent:
                 place = Place(opened, opened.head, known.turns, read, known.session)
             else:
                 continue
-            self._keep_open(opened)
+            self.keep_open(opened)
             return place
         raise ConflictError(f"conversation {thread!r} is written by others all the while")
 
@@ -477,7 +512,8 @@ class Agent:
             if session is not None:
                 session.close_deleted()
 
-    def _keep_open(self, session: Session) -> None:
+    def keep_open(self, session: Session) -> None:
+        """Let a session keep its live cache for a while, though nobody may hold it."""
         with self._lock:
             with suppress(ValueError):
                 self._recent.remove(session)

@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from still_agent.decode import Choose
+from still_agent.events import OnToken
 from still_agent.messages import Message
 from still_agent.reply import Reply
 from still_agent.sampling import Sampling
@@ -112,9 +113,10 @@ class Answering(Iterator[str]):
         sampling: Sampling,
         choose: Choose | None,
         tools: ToolFormat | None,
+        on_token: OnToken | None = None,
     ) -> None:
         self._sessions, self._thread, self._told = sessions, thread, told
-        self._options = sampling, choose, tools
+        self._options = sampling, choose, tools, on_token
         self._stream: Stream | None = None
         self.place: Place | None = None  # once it has begun
 
@@ -125,13 +127,13 @@ class Answering(Iterator[str]):
 
     def __next__(self) -> str:
         if self._stream is None:
-            with self._alone() as stream:
+            with self.alone() as stream:
                 return next(stream)
         return next(self._stream)
 
     def finish(self) -> Reply:
         """Run to the end."""
-        with self._alone() as stream:
+        with self.alone() as stream:
             for _ in stream:
                 pass
         assert self.reply is not None  # the loop has ended, so the turn is saved
@@ -139,7 +141,7 @@ class Answering(Iterator[str]):
 
     async def pieces(self) -> AsyncIterator[str]:
         """The pieces, computed in a worker thread. Leaving them undoes the turn."""
-        async with aclosing(pieces_of(self, self._alone)) as pieces:  # type: ignore[type-var]
+        async with aclosing(pieces_of(self, self.alone)) as pieces:  # type: ignore[type-var]
             async for piece in pieces:
                 yield piece
 
@@ -160,8 +162,8 @@ class Answering(Iterator[str]):
         self.close()
 
     @contextmanager
-    def _alone(self) -> Iterator[Stream]:
-        """In here no other thread has a turn of the session, which is found first."""
+    def alone(self) -> Iterator[Stream]:
+        """In here no other thread has a turn of the session, which is found first: see `place`."""
         for _ in range(_TRIES if self._stream is None else 1):
             if self._stream is None:
                 self.place = self._sessions.place(self._thread, self._told)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from still_agent.events import OnToken
 from still_agent.models.tokenizers import Tokenizer
 from still_agent.reply import Draft, Finish
 from still_agent.rolling import RollingState
@@ -40,6 +41,7 @@ def answer(
     sampling: Sampling,
     choose: Choose | None = None,
     reasoning: int | None = None,
+    on_token: OnToken | None = None,
 ) -> Generator[str, None, Answer]:
     """Take in a message and reply to it: text pieces, then the `Answer`.
 
@@ -68,6 +70,8 @@ def answer(
         if ids:
             logits = state.step(ids[-1])
             fed.append(ids[-1])
+        if on_token is not None:
+            on_token()
         token = choose(logits)
         if reasoning is not None:
             token = draft.bounded(token, reasoning)

@@ -72,7 +72,7 @@ class Store(Protocol):
 
     def search(self, head: Head, query: str, limit: int = 20) -> list[Match]: ...
 
-    def sessions(self) -> list[SessionInfo]: ...
+    def sessions(self, limit: int | None = None, after: str | None = None) -> list[SessionInfo]: ...
 
     def ledger(self, session: str) -> Head: ...
 
@@ -191,8 +191,13 @@ class EphemeralStore:
             for number, _, excerpt in found
         ]
 
-    def sessions(self) -> list[SessionInfo]:
+    def sessions(self, limit: int | None = None, after: str | None = None) -> list[SessionInfo]:
         newest = sorted(self._named(), key=lambda held: held.updated, reverse=True)
+        names = [held.head.session for held in newest]
+        if after is not None and after not in names:
+            raise UnknownSessionError(f"there is no session {after!r} to go on after")
+        begin = 0 if after is None else names.index(after) + 1
+        newest = newest[begin:] if limit is None else newest[begin : begin + limit]
         return [
             SessionInfo(
                 name=held.head.session,

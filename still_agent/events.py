@@ -30,3 +30,8 @@ OnCompaction = Callable[[Compaction], None]
 
 An exception raised by it ends the turn, which is undone, and reaches the caller.
 """
+
+OnToken = Callable[[], None]
+"""Called before each token of a reply, in the turn's own thread. An exception raised by it ends the
+turn like one of `OnCompaction`.
+"""

@@ -20,7 +20,7 @@ from pydantic import JsonValue
 
 from still_agent.decode import Choose, answer
 from still_agent.ephemeral import Store
-from still_agent.events import OnCompaction, OnReplay
+from still_agent.events import OnCompaction, OnReplay, OnToken
 from still_agent.forget import Forgotten
 from still_agent.past import stand_at
 from still_agent.replay import Restored
@@ -104,13 +104,16 @@ class Session:
         with self.lock:
             return stream.finish()
 
-    def stream(self, text: str, *, role: str = "user", **sampling: Any) -> Stream:
+    def stream(
+        self, text: str, *, role: str = "user", on_token: OnToken | None = None, **sampling: Any
+    ) -> Stream:
         """Say something and get the reply in pieces, the last one after the turn is saved.
 
         The turn begins with the first piece. A stream that is left early is undone.
         """
         check_message(text, self._longest)
-        return Stream(self, self._turn([(role, text)], self._sampling.but(**sampling)))
+        drawn = self._sampling.but(**sampling)
+        return Stream(self, self._turn([(role, text)], drawn, on_token=on_token))
 
     async def asend(self, text: str, *, role: str = "user", **sampling: Any) -> Reply:
         """`send`, in a worker thread. Cancelling undoes the turn, unless it is saved by then."""
@@ -310,13 +313,14 @@ class Session:
         sampling: Sampling,
         choose: Choose | None = None,
         tools: ToolFormat | None = None,
+        on_token: OnToken | None = None,
     ) -> Stream:
         """Read messages, roles and texts, and reply to the last one: one turn, all or nothing.
 
         It follows `after`, or a ConflictError comes with the first piece. choose: takes logits
         `(vocab,)` to the next token. tools: the form that calls have, if there may be any.
         """
-        return Stream(self, self._turn(told, sampling, choose, tools, after))
+        return Stream(self, self._turn(told, sampling, choose, tools, after, on_token))
 
     @property
     def head(self) -> Head:
@@ -357,6 +361,7 @@ class Session:
         choose: Choose | None = None,
         tools: ToolFormat | None = None,
         after: Head | None = None,
+        on_token: OnToken | None = None,
     ) -> Pieces:
         state = self._state
         with self._whole_turn():
@@ -369,7 +374,7 @@ class Session:
             message = self._tokenizer.message(role, text)
             shown = Shown(tools)
             held = ""  # the newest piece waits for the next one, and the last for the commit
-            replying = answer(state, self._tokenizer, message, sampling, choose)
+            replying = answer(state, self._tokenizer, message, sampling, choose, on_token=on_token)
             while True:
                 try:
                     piece = shown.push(next(replying))

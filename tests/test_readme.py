@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -42,9 +43,10 @@ def test_the_first_example_of_a_page_runs_and_resumes(
         assert (turns > 5) == reused
 
 
-@pytest.mark.parametrize(
-    "name", ["quickstart", "resume", "langchain_agent", "langgraph_memory", "long_trajectory"]
-)
+EXAMPLES = sorted(path.stem for path in (ROOT / "examples").glob("*.py"))
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
 def test_examples_run_and_leave_nothing_behind(
     name: str,
     tmp_path: Path,
@@ -52,6 +54,7 @@ def test_examples_run_and_leave_nothing_behind(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "memory")]))
     code = (ROOT / "examples" / f"{name}.py").read_text("utf-8")
     out = run(code, capsys)
     assert "tokens" in out

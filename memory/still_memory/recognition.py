@@ -25,11 +25,12 @@ from still_memory.vault import Vault
 THREAD = "thread"  # in a session's settings
 _AT_ONCE = 500  # digests of one query
 
-# The tenant's sessions that are branches of a conversation, and of the model
+# The tenant's sessions that are branches of a conversation, and of the model. The plus has SQLite
+# begin at the turn, where few stand, and not go through all that the tenant has.
 _BRANCHES = (
     "select s.name from sessions s join models m on m.id = s.model"
     " join checkpoints c on c.session = s.id and c.generation = s.generation"
-    " where s.tenant = :tenant and s.draft_of is null and m.address = :model"
+    " where +s.tenant = :tenant and s.draft_of is null and m.address = :model"
     " and (s.thread = :thread or (s.name = :thread and s.thread is null))"
 )
 

@@ -58,6 +58,7 @@ from still_memory.records import (
     SessionInfo,
     StoreStats,
     TurnRecord,
+    check_limit,
     check_session_name,
     to_json,
 )
@@ -114,7 +115,7 @@ class MemoryStore:
         founding = None if secret is None else partial(vault.found, key=secret)
         admitting = partial(vault.unlocked, key=secret, path=Path(path).absolute())
         self._file = StoreFile(path, synchronous, timeout, founding, admitting)
-        self._keep = keep_checkpoints
+        self._keep, self._synchronous, self._timeout = keep_checkpoints, synchronous, timeout
         self.bytes_written = 0
         try:
             with self._file.reading() as conn:
@@ -129,6 +130,17 @@ class MemoryStore:
         self._owner_name = whole.name(self.tenant, *vault.TENANTS)
         self._spans = SpansTable(self._vault, self.codec)
         self.graphs = Graphs(self._file, self._vault, self._owner_name, self._standing)
+
+    def of_tenant(self, tenant: str) -> MemoryStore:
+        """The same file, opened for another tenant."""
+        return MemoryStore(
+            self.path,
+            tenant=tenant,
+            synchronous=self._synchronous,
+            timeout=self._timeout,
+            keep_checkpoints=self._keep,
+            key=self._secret,
+        )
 
     @property
     def encrypted(self) -> bool:
@@ -357,16 +369,27 @@ class MemoryStore:
                 matches.append(Match(number, record.role, record.created, excerpt))
         return matches
 
-    def sessions(self) -> list[SessionInfo]:
-        """The tenant's sessions, newest first. Reads no tensor and no turn."""
+    def sessions(self, limit: int | None = None, after: str | None = None) -> list[SessionInfo]:
+        """The tenant's sessions, newest first. Reads no tensor and no turn.
+
+        limit: the most of them. after: only those that follow the session of this name, which
+        raises UnknownSessionError if there is none.
+        """
         with self._file.reading() as conn:
+            tenant, most = self._owner(conn), -1 if limit is None else check_limit(limit)
+            query = "select updated, id from sessions where tenant = ? and name = ?"
+            told = None if after is None else (tenant, self._stored(after))
+            last = (None, None) if told is None else conn.execute(query, told).fetchone()
+            if last is None:
+                raise _unknown(str(after))
             rows = conn.execute(
                 "select s.name, c.turns, c.tokens, c.slots, c.bytes, s.created, s.updated,"
                 " m.identity ->> 'name' from sessions s"
                 " join checkpoints c on c.session = s.id and c.generation = s.generation"
-                " join models m on m.id = s.model where s.tenant = ? and s.draft_of is null"
-                " order by s.updated desc, s.id desc",
-                (self._owner(conn),),
+                " join models m on m.id = s.model where s.tenant = ?1 and s.draft_of is null"
+                " and (?2 is null or (s.updated, s.id) < (?2, ?3))"
+                " order by s.updated desc, s.id desc limit ?4",
+                (tenant, *last, most),
             ).fetchall()
         found = []
         for stored, turns, tokens, slots, size, created, updated, model in rows:

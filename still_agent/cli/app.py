@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from still_agent.cli import chat, demo, evaluate, sessions, store
+from still_agent.cli import chat, demo, evaluate, serve, sessions, store
 
 app = typer.Typer(
     name="still-agent",
@@ -17,6 +17,7 @@ app = typer.Typer(
 )
 app.command()(chat.chat)
 app.command()(demo.demo)
+app.command()(serve.serve)
 app.add_typer(sessions.app, name="sessions")
 app.add_typer(store.app, name="store")
 app.add_typer(evaluate.app, name="eval")

@@ -631,3 +631,18 @@ def test_the_package_is_imported_without_torch() -> None:
     assert all(getattr(still_memory, name).__name__ == name for name in still_memory.__all__)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         still_memory.nothing  # noqa: B018
+
+
+def test_sessions_come_in_pages_newest_first(
+    open_store: Opens, model: ModelIdentity, raw_span: Spans, checkpoint_of: Checkpoints
+) -> None:
+    store = open_store()
+    for number in range(5):
+        begin(store, f"s{number}", model, checkpoint_of([raw_span(0, 3)]))
+    names = [info.name for info in store.sessions()]
+    assert names == ["s4", "s3", "s2", "s1", "s0"]
+    assert [info.name for info in store.sessions(2)] == names[:2]
+    assert [info.name for info in store.sessions(2, after="s3")] == names[2:4]
+    assert store.sessions(after="s0") == []
+    with pytest.raises(UnknownSessionError):
+        store.sessions(after="nobody")
