@@ -11,14 +11,12 @@ an earlier turn. The file's layout is docs/store-format.md.
 from __future__ import annotations
 
 import json
-import sqlite3
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import torch
 from pydantic import JsonValue
@@ -39,18 +37,16 @@ from still_memory.checkpoint import Checkpoint
 from still_memory.codec import CODECS, EXACT, check_codec
 from still_memory.database import StoreFile, give_back_pages
 from still_memory.errors import (
-    ConflictError,
     DamageError,
     EncryptionError,
     InputError,
     StoreError,
-    UnknownSessionError,
     deleted,
 )
 from still_memory.graphs import Graphs
 from still_memory.identity import ModelIdentity
 from still_memory.prune import Pruned, prune
-from still_memory.recognition import THREAD, Known, thread_of
+from still_memory.recognition import THREAD, Known
 from still_memory.records import (
     Head,
     Match,
@@ -63,19 +59,21 @@ from still_memory.records import (
     to_json,
 )
 from still_memory.retention import Retention
+from still_memory.sessions_table import (
+    STANDING,
+    SessionsTable,
+    damaged,
+    moment,
+    moved_on,
+    stands,
+    time_of,
+    unknown,
+)
 from still_memory.space import Space, measure
 from still_memory.span import Span
 from still_memory.spans_table import Packed, SpansTable
 from still_memory.taint import Deleted, Forks, Taint
 from still_memory.vault import Key, Secret, user_key
-
-# A session and one of its checkpoints, as `_sealed` reads them.
-_STANDING = (
-    "select s.id, coalesce(c.generation, s.generation), s.settings, m.address, m.identity, c.id,"
-    " c.turn, c.turns, c.tokens, c.slots, c.bytes, c.entries, c.extra, c.digest from sessions s"
-    " left join models m on m.id = s.model and m.tenant = s.tenant"
-    " left join checkpoints c on c.session = s.id"
-)
 
 
 class MemoryStore:
@@ -129,7 +127,8 @@ class MemoryStore:
         self._vault = whole.of(self.tenant)
         self._owner_name = whole.name(self.tenant, *vault.TENANTS)
         self._spans = SpansTable(self._vault, self.codec)
-        self.graphs = Graphs(self._file, self._vault, self._owner_name, self._standing)
+        self._table = SessionsTable(self._vault, self._spans, self._owner_name)
+        self.graphs = Graphs(self._file, self._vault, self._owner_name, self._table.standing)
 
     def of_tenant(self, tenant: str) -> MemoryStore:
         """The same file, opened for another tenant."""
@@ -182,7 +181,7 @@ class MemoryStore:
         start = Head(session, 0, 0, 0, None, 0, 0, model, json.loads(told))
         text = self._vault.seal_text(told, "settings")
         with self._file.writing() as conn:
-            head, written = self._begin(conn, start, text, checkpoint, packed, turns)
+            head, written = self._table.begin(conn, start, text, checkpoint, packed, turns)
         self._committed(packed, model, written)
         return head
 
@@ -199,12 +198,12 @@ class MemoryStore:
         check_session_name(name)
         packed = self._pack(checkpoint, head.model)
         with self._file.writing() as conn:
-            told = json.loads(self._vault.open_text(self._vouched(conn, head), "settings"))
+            told = json.loads(self._vault.open_text(self._table.vouched(conn, head), "settings"))
             told = {key: value for key, value in told.items() if key != THREAD}
             told |= {} if thread is None else {THREAD: thread}
             text = self._vault.seal_text(to_json(told, "settings"), "settings")
             start = replace(head, session=name, generation=0, settings=told)
-            forked, written = self._begin(conn, start, text, checkpoint, packed, [])
+            forked, written = self._table.begin(conn, start, text, checkpoint, packed, [])
         self._committed(packed, head.model, written)
         return forked
 
@@ -217,17 +216,12 @@ class MemoryStore:
         arrives as this returns may leave the turn saved; `head(session)` tells.
         """
         packed = self._pack(checkpoint, head.model)
-        now = _now()
+        now = moment()
         with self._file.writing() as conn:
-            settings = self._vouched(conn, head)
-            conn.execute(
-                "update sessions set generation = ?, updated = ? where id = ?",
-                (head.generation + 1, now, head.session_id),
-            )
-            new, written = self._advance(conn, head, settings, checkpoint, packed, turns, now)
-            oldest = new.generation - self._keep
-            for turn in checkpoints_table.collect(conn, head.session_id, oldest):
-                words.remove(conn, self._vault, *turn)
+            settings = self._table.vouched(conn, head)
+            self._table.move_on(conn, head, now)
+            new, written = self._table.advance(conn, head, settings, checkpoint, packed, turns, now)
+            self._table.drop_states(conn, head, new.generation - self._keep)
             give_back_pages(conn)
         self._committed(packed, head.model, written)
         return new
@@ -236,20 +230,20 @@ class MemoryStore:
         """Where the session stands, or None if there is none. Reads no tensor."""
         check_session_name(session)
         with self._file.reading() as conn:
-            tenant = self._owner(conn)
+            tenant = self._table.owner(conn)
             row = conn.execute(
-                f"{_STANDING} and c.generation = s.generation where s.tenant = ? and s.name = ?",
-                (tenant, self._stored(session)),
+                f"{STANDING} and c.generation = s.generation where s.tenant = ? and s.name = ?",
+                (tenant, self._table.stored(session)),
             ).fetchone()
             if row is None:
-                self._require_absent(conn, tenant, session)
+                self._table.require_absent(conn, tenant, session)
                 return None
-            head = self._sealed(conn, session, row)
+            head = self._table.sealed(conn, session, row)
             query = "select max(generation) from checkpoints where session = ?"
             (newest,) = conn.execute(query, (head.session_id,)).fetchone()
             # an older one is sealed too, so its seal does not tell that turns are left out
             if head.generation != newest:
-                raise _damaged(session, "its newest checkpoint is missing")
+                raise damaged(session, "its newest checkpoint is missing")
             return head
 
     def ledger(self, session: str) -> Head:
@@ -265,8 +259,10 @@ class MemoryStore:
         except DamageError as damage:
             with self._file.reading() as conn:
                 query = "select id from sessions where tenant = ? and name = ?"
-                row = conn.execute(query, (self._owner(conn), self._stored(session))).fetchone()
-                found = None if row is None else self._ledger(conn, session, *row)
+                row = conn.execute(
+                    query, (self._table.owner(conn), self._table.stored(session))
+                ).fetchone()
+                found = None if row is None else self._table.vouched_ledger(conn, session, *row)
             if found is None:
                 raise damage
             return found
@@ -280,15 +276,17 @@ class MemoryStore:
         those that have none. None if no session of this model has had its first turn.
         """
         with self._file.reading() as conn:
-            where = self._owner(conn), self._stored(thread), model.address
+            where = self._table.owner(conn), self._table.stored(thread), model.address
             found = recognition.find(conn, self._vault, *where, told)
-            return None if found is None else replace(found, session=self._named(found.session))
+            return (
+                None if found is None else replace(found, session=self._table.named(found.session))
+            )
 
     def branches(self, thread: str) -> list[str]:
         """The sessions of a conversation, oldest first: of its name, and those forked from it."""
         with self._file.reading() as conn:
-            stored = recognition.branches(conn, self._owner(conn), self._stored(thread))
-        return [self._named(name) for name in stored]
+            stored = recognition.branches(conn, self._table.owner(conn), self._table.stored(thread))
+        return [self._table.named(name) for name in stored]
 
     def kept(self, head: Head) -> list[Head]:
         """Where the session stood on its way to `head` and `load` still finds it, newest first."""
@@ -297,7 +295,7 @@ class MemoryStore:
                 "select c.generation, c.id, turn, turns, tokens from checkpoints c"
                 " join sessions s on s.id = c.session where s.id = ? and s.tenant = ?"
                 " order by c.generation desc",
-                (head.session_id, self._owner(conn)),
+                (head.session_id, self._table.owner(conn)),
             ).fetchall()
             way = ledger.way(conn, head.turn)
         return [
@@ -315,7 +313,7 @@ class MemoryStore:
         moved on so far that `head` is no longer kept; UnknownSessionError if it was deleted.
         """
         with self._file.reading() as conn:
-            tenant = self._owner(conn)
+            tenant = self._table.owner(conn)
             row = conn.execute(
                 "select s.settings, c.turn, c.digest, c.slots, c.bytes, c.entries, c.extra"
                 " from checkpoints c join sessions s on s.id = c.session"
@@ -323,14 +321,14 @@ class MemoryStore:
                 (head.checkpoint, head.session_id, head.generation, tenant),
             ).fetchone()
             if row is None:
-                raise _moved_on(conn, tenant, head)
+                raise moved_on(conn, tenant, head)
             settings, turn, mark, *content = row
             last_turn = ledger.turn_digest(conn, tenant, turn)
             found = checkpoints_table.seal(
                 self._vault.key, head, last_turn, settings, tuple(content)
             )
             if turn != head.turn or found != mark:
-                raise _damaged(head.session, "its checkpoint does not match its digest")
+                raise damaged(head.session, "its checkpoint does not match its digest")
             try:
                 entries, extra = checkpoints_table.open_state(self._vault, head, *content[2:])
                 spans = {
@@ -339,13 +337,13 @@ class MemoryStore:
                 }
                 return checkpoints_table.build(entries, extra, head.tokens, spans)
             except ValueError as error:
-                raise _damaged(head.session, f"its checkpoint is not valid ({error})") from None
+                raise damaged(head.session, f"its checkpoint is not valid ({error})") from None
 
     def history(self, session: str | Head) -> list[TurnRecord]:
         """Every turn of the session (up to a head), oldest first, with its text and token ids."""
         head = session if isinstance(session, Head) else self._existing(session)
         with self._file.reading() as conn:
-            self._require_turn(conn, head)
+            self._table.require_turn(conn, head)
             return ledger.read(conn, self._vault, head.turn)
 
     def search(self, head: Head, query: str, limit: int = 20) -> list[Match]:
@@ -356,7 +354,7 @@ class MemoryStore:
         it does in an encrypted one, which has no index.
         """
         with self._file.reading() as conn:
-            self._require_turn(conn, head)
+            self._table.require_turn(conn, head)
             # an index that all share tells how often others say a word
             if self.encrypted or tenants.several(conn):
                 told = ledger.texts(conn, self._vault, head.turn)
@@ -376,12 +374,12 @@ class MemoryStore:
         raises UnknownSessionError if there is none.
         """
         with self._file.reading() as conn:
-            tenant, most = self._owner(conn), -1 if limit is None else check_limit(limit)
+            tenant, most = self._table.owner(conn), -1 if limit is None else check_limit(limit)
             query = "select updated, id from sessions where tenant = ? and name = ?"
-            told = None if after is None else (tenant, self._stored(after))
+            told = None if after is None else (tenant, self._table.stored(after))
             last = (None, None) if told is None else conn.execute(query, told).fetchone()
             if last is None:
-                raise _unknown(str(after))
+                raise unknown(str(after))
             rows = conn.execute(
                 "select s.name, c.turns, c.tokens, c.slots, c.bytes, s.created, s.updated,"
                 " m.identity ->> 'name' from sessions s"
@@ -393,8 +391,8 @@ class MemoryStore:
             ).fetchall()
         found = []
         for stored, turns, tokens, slots, size, created, updated, model in rows:
-            name = self._named(stored)
-            times = _time(created, name), _time(updated, name)
+            name = self._table.named(stored)
+            times = time_of(created, name), time_of(updated, name)
             found.append(SessionInfo(name, turns, tokens, slots, size, *times, model))
         return found
 
@@ -403,11 +401,10 @@ class MemoryStore:
         name = drafts_table.name_of(head.session_id)
         with self._file.reading() as conn:
             row = conn.execute(
-                f"{_STANDING} and c.generation = s.generation where s.draft_of = ?"
-                " and s.tenant = ?",
-                (head.session_id, self._owner(conn)),
+                f"{STANDING} and c.generation = s.generation where s.draft_of = ? and s.tenant = ?",
+                (head.session_id, self._table.owner(conn)),
             ).fetchone()
-            return None if row is None else self._sealed(conn, name, row)
+            return None if row is None else self._table.sealed(conn, name, row)
 
     def save_draft(
         self, head: Head, made: Head, checkpoint: Checkpoint, turns: Sequence[NewTurn]
@@ -423,15 +420,15 @@ class MemoryStore:
         settings = self._vault.seal_text(to_json(made.settings, "settings"), "settings")
         name = drafts_table.name_of(head.session_id)
         with self._file.writing() as conn:
-            tenant = self._owner(conn)
-            if not _stands(conn, tenant, head):
+            tenant = self._table.owner(conn)
+            if not stands(conn, tenant, head):
                 raise deleted(head.session)
             if head.turn is not None and not ledger.turn_exists(conn, tenant, head.turn):
                 # rows of the draft's own must not bring back what was forgotten
-                raise _moved_on(conn, tenant, head)
-            self._require_on_way(conn, head, made.turn)
+                raise moved_on(conn, tenant, head)
+            self._table.require_on_way(conn, head, made.turn)
             start = replace(made, session=name, generation=0)
-            begun, written = self._begin(conn, start, settings, checkpoint, packed, turns)
+            begun, written = self._table.begin(conn, start, settings, checkpoint, packed, turns)
             told = head.session_id, begun.session_id
             conn.execute("update sessions set draft_of = ? where id = ?", told)
         self._committed(packed, made.model, written)
@@ -440,7 +437,7 @@ class MemoryStore:
     def discard_draft(self, head: Head) -> None:
         """Forget the state that was on its way to this session's place, if there is one."""
         with self._file.writing() as conn:
-            if _stands(conn, self._owner(conn), head):
+            if stands(conn, self._table.owner(conn), head):
                 drafts_table.drop(conn, self._vault, head.session_id)
 
     def adopt(
@@ -453,23 +450,21 @@ class MemoryStore:
         `head`, or the draft from `made`; UnknownSessionError if the session was deleted.
         """
         packed = self._pack(checkpoint, made.model)
-        now = _now()
+        now = moment()
         with self._file.writing() as conn:
-            settings = self._settings(conn, head)
+            settings = self._table.settings(conn, head)
             if made.session_id != head.session_id:
-                self._vouched(conn, made)
-                self._require_on_way(conn, head, None)
+                self._table.vouched(conn, made)
+                self._table.require_on_way(conn, head, None)
             else:
-                self._require_on_way(conn, head, made.turn)
-            conn.execute(
-                "update sessions set generation = ?, updated = ?, model = ? where id = ?",
-                (head.generation + 1, now, self._model_id(conn, made.model), head.session_id),
-            )
+                self._table.require_on_way(conn, head, made.turn)
+            self._table.move_on(conn, head, now, made.model)
             start = replace(head, model=made.model, turn=made.turn, turns=made.turns)
-            new, written = self._advance(conn, start, settings, checkpoint, packed, turns, now)
+            new, written = self._table.advance(
+                conn, start, settings, checkpoint, packed, turns, now
+            )
             drafts_table.drop(conn, self._vault, head.session_id)
-            for turn in checkpoints_table.collect(conn, head.session_id, head.generation):
-                words.remove(conn, self._vault, *turn)
+            self._table.drop_states(conn, head, head.generation)
             give_back_pages(conn)
         self._committed(packed, made.model, written)
         return new
@@ -480,7 +475,7 @@ class MemoryStore:
         Also sessions that have copies of them, by an import or a rebuild. Reads their turns.
         """
         with self._file.reading() as conn:
-            tenant = self._owner(conn)
+            tenant = self._table.owner(conn)
             return taint.trace(conn, self._vault, tenant, turns, quoting=True)[1]
 
     def forget(self, turns: Collection[int], made: Sequence[tuple[Head, Head]]) -> list[Head]:
@@ -494,13 +489,13 @@ class MemoryStore:
         ConflictError, and nothing is changed, if a session has moved on, or another one has the
         turns by now.
         """
-        now = _now()
+        now = moment()
         with self._file.overwriting() as conn:
-            rows, found = taint.trace(conn, self._vault, self._owner(conn), turns)
+            rows, found = taint.trace(conn, self._vault, self._table.owner(conn), turns)
             taint.require_same(found, [head for head, _ in made])
             told = threads.of(conn, [session.session_id for session in found])
-            threads.drop_graphs(conn, self._vault, self._owner(conn), told, always=True)
-            heads = [self._replace(conn, head, draft, now) for head, draft in made]
+            threads.drop_graphs(conn, self._vault, self._table.owner(conn), told, always=True)
+            heads = [self._table.put_draft(conn, head, draft, now) for head, draft in made]
             taint.drop_states(conn, self._vault, rows)
             taint.collect(conn)
             words.erase(conn, self._vault)
@@ -520,11 +515,11 @@ class MemoryStore:
         check_session_name(session)
         taint.check_choice(forks, Forks, "forks")
         with self._file.overwriting() if erase else self._file.erasing() as conn:
-            tenant = self._owner(conn)
+            tenant = self._table.owner(conn)
             query = "select id from sessions where tenant = ? and name = ?"
-            row = conn.execute(query, (tenant, self._stored(session))).fetchone()
+            row = conn.execute(query, (tenant, self._table.stored(session))).fetchone()
             if row is None:
-                raise _unknown(session)
+                raise unknown(session)
             gone = [(row[0], session)]
             return threads.delete(conn, self._vault, tenant, gone, erase=erase, forks=forks)
 
@@ -590,7 +585,7 @@ class MemoryStore:
         changes, and the result says what would go.
         """
         with self._file.reading() as conn:
-            tenant = None if all_tenants else self._owner(conn)
+            tenant = None if all_tenants else self._table.owner(conn)
         return prune(self._file, self._vault, retention, dry_run, tenant)
 
     def space(self, *, all_tenants: bool = False) -> Space:
@@ -599,13 +594,13 @@ class MemoryStore:
         Of the tenant's sessions or, for the file's operator, of everyone's.
         """
         with self._file.reading() as conn:
-            tenant = None if all_tenants else self._owner(conn)
+            tenant = None if all_tenants else self._table.owner(conn)
             return measure(conn, self._vault, self._log_bytes(), tenant)
 
     def stats(self) -> StoreStats:
         """How large the file is, and how much of what the tenant has in it."""
         with self._file.reading() as conn:
-            tenant = self._owner(conn)
+            tenant = self._table.owner(conn)
             (page,) = conn.execute("pragma page_size").fetchone()
             (free,) = conn.execute("pragma freelist_count").fetchone()
             sessions, turns, checkpoints, graphs, spans, size = conn.execute(
@@ -645,34 +640,6 @@ class MemoryStore:
     ) -> None:
         self.close()
 
-    def _standing(
-        self, conn: sqlite3.Connection, session: int, name: str
-    ) -> tuple[Head, checkpoints_table.Content]:
-        """The head of a session's row, and what the row of its newest checkpoint holds."""
-        query = f"{_STANDING} and c.generation = s.generation where s.id = ?"
-        row = conn.execute(query, (session,)).fetchone()
-        return self._sealed(conn, name, row), row[9:13]
-
-    def _sealed(self, conn: sqlite3.Connection, session: str, row: tuple[Any, ...]) -> Head:
-        """The head of a row of `_STANDING`, if its checkpoint is as it was written."""
-        identity, generation, settings, address, made_by, *saved = row
-        checkpoint, turn, turns, tokens, slots, size, entries, extra, mark = saved
-        if checkpoint is None or made_by is None:
-            raise _damaged(session, "its newest checkpoint is missing")
-        last_turn = ledger.turn_digest(conn, self._owner(conn), turn)
-        try:
-            model = ModelIdentity.model_validate_json(made_by)
-            told = self._vault.open_text(settings, "settings")
-            known: dict[str, JsonValue] = json.loads(told)
-        except (ValueError, TypeError):  # a damaged row may hold values of any type
-            raise _damaged(session, "its description cannot be read") from None
-        head = Head(session, identity, generation, checkpoint, turn, turns, tokens, model, known)
-        content = slots, size, entries, extra
-        found = checkpoints_table.seal(self._vault.key, head, last_turn, settings, content)
-        if found != mark or model.address != address:
-            raise _damaged(session, "its newest checkpoint does not match its digest")
-        return head
-
     def _settle_codec(self, chosen: str | None) -> str:
         """The codec of new spans; the choice is kept in the file."""
         query = "select value from meta where name = 'codec'"
@@ -697,267 +664,13 @@ class MemoryStore:
     def _pack(self, checkpoint: Checkpoint, model: ModelIdentity) -> dict[Span, Packed]:
         return {e.span: self._spans.pack(e.span, model.address) for e in checkpoint.entries}
 
-    def _begin(
-        self,
-        conn: sqlite3.Connection,
-        start: Head,
-        settings: str,
-        checkpoint: Checkpoint,
-        packed: Mapping[Span, Packed],
-        turns: Sequence[NewTurn],
-    ) -> tuple[Head, int]:
-        """The rows of a new session that begins at the turn of `start`."""
-        name, tenant = start.session, tenants.enter(conn, self._owner_name)
-        thread = thread_of(start.settings)
-        query = "select 1 from sessions where tenant = ? and name = ?"
-        if conn.execute(query, (tenant, self._stored(name))).fetchone():
-            raise ConflictError(
-                f"session {name!r} exists already: choose another name, or resume it"
-            )
-        now = _now()
-        (identity,) = conn.execute(
-            "insert into sessions"
-            " (tenant, name, generation, model, created, updated, settings, thread)"
-            " values (?, ?, 1, ?, ?, ?, ?, ?) returning id",
-            (
-                tenant, self._stored(name), self._model_id(conn, start.model), now, now, settings,
-                None if thread is None else self._stored(thread),
-            ),
-        ).fetchone()  # fmt: skip
-        start = replace(start, session_id=identity)
-        head, written = self._advance(conn, start, settings, checkpoint, packed, turns, now)
-        return head, written + len(settings)
-
-    def _advance(
-        self,
-        conn: sqlite3.Connection,
-        head: Head,
-        settings: str,
-        checkpoint: Checkpoint,
-        packed: Mapping[Span, Packed],
-        turns: Sequence[NewTurn],
-        now: str,
-    ) -> tuple[Head, int]:
-        """The rows of the next generation: the head that they make, and their bytes."""
-        tenant = self._owner(conn)
-        turn, last_turn, written = ledger.append(conn, self._vault, tenant, head.turn, turns, now)
-        model_id = self._model_id(conn, head.model)
-        held: dict[int, int] = {}
-        for span, pack in packed.items():
-            row, size, new = self._spans.put(conn, span, pack, head.model.address, model_id)
-            held[row] = size
-            written += new
-        addresses = {span: pack.address for span, pack in packed.items()}
-        entries = checkpoints_table.dump_entries(checkpoint, addresses)
-        extra = to_json(dict(checkpoint.extra), "a checkpoint's extra state")
-        new_head = replace(
-            head,
-            generation=head.generation + 1,
-            turn=turn,
-            turns=head.turns + len(turns),
-            tokens=checkpoint.length,
-        )
-        stored = checkpoints_table.seal_state(self._vault, new_head, entries, extra)
-        content = checkpoint.slots, sum(held.values()), *stored
-        mark = checkpoints_table.seal(self._vault.key, new_head, last_turn, settings, content)
-        identity = checkpoints_table.insert(conn, new_head, content, mark)
-        conn.executemany(
-            "insert into checkpoint_spans (checkpoint, span) values (?, ?)",
-            [(identity, row) for row in held],
-        )
-        return replace(new_head, checkpoint=identity), written + len(entries) + len(extra)
-
-    def _replace(self, conn: sqlite3.Connection, head: Head, draft: Head, now: str) -> Head:
-        """Put a saved draft in place of the session's own state; its spans are not read."""
-        settings = self._settings(conn, head)
-        self._require_on_way(conn, head, None)
-        self._settings(conn, draft)
-        made, content = self._standing(conn, draft.session_id, draft.session)
-        conn.execute(
-            "update sessions set generation = ?, updated = ?, model = ? where id = ?",
-            (head.generation + 1, now, self._model_id(conn, made.model), head.session_id),
-        )
-        new = replace(
-            head,
-            generation=head.generation + 1,
-            turn=made.turn,
-            turns=made.turns,
-            tokens=made.tokens,
-            model=made.model,
-        )
-        last_turn = ledger.turn_digest(conn, self._owner(conn), new.turn)
-        new = checkpoints_table.again(
-            conn, self._vault, made, new, last_turn, settings, content, "{}"
-        )
-        drafts_table.drop(conn, self._vault, head.session_id)
-        for turn in checkpoints_table.collect(conn, head.session_id, head.generation):
-            words.remove(conn, self._vault, *turn)
-        return new
-
     def _committed(self, packed: Mapping[Span, Packed], model: ModelIdentity, written: int) -> None:
         for span, pack in packed.items():
             self._spans.learn(span, pack.address, model.address)
         self.bytes_written += written
 
-    def _model_id(self, conn: sqlite3.Connection, model: ModelIdentity) -> int:
-        query = "select id, identity from models where tenant = ? and address = ?"
-        owned = self._owner(conn), model.address
-        row: tuple[int, str] | None = conn.execute(query, owned).fetchone()
-        told = model.model_dump_json()
-        if row is None:
-            row = conn.execute(
-                "insert into models (tenant, address, identity) values (?, ?, ?)"
-                " returning id, identity",
-                (*owned, told),
-            ).fetchone()
-            assert row is not None
-        elif row[1] != told and row[1] == model.unnamed.model_dump_json():
-            conn.execute("update models set identity = ? where id = ?", (told, row[0]))
-        return row[0]
-
-    def _owner(self, conn: sqlite3.Connection) -> int:
-        """The tenant's row. Not kept: another process may make it, or a rollback undo it."""
-        return tenants.find(conn, self._owner_name)
-
-    def _settings(self, conn: sqlite3.Connection, head: Head) -> str:
-        """The session's settings as they are stored, if it still stands at `head`'s generation."""
-        tenant = self._owner(conn)
-        query = "select settings from sessions where id = ? and generation = ? and tenant = ?"
-        row = conn.execute(query, (head.session_id, head.generation, tenant)).fetchone()
-        if row is None:
-            raise _moved_on(conn, tenant, head)
-        settings: str = row[0]
-        return settings
-
-    def _vouched(self, conn: sqlite3.Connection, head: Head) -> str:
-        """What `_settings` gives, if the session is as its newest checkpoint vouches for it.
-
-        The next seal will cover these settings and the digest of the turn at `head`. Were they not
-        looked at here, under the lock, it would make good whatever has become of them since.
-        """
-        tenant = self._owner(conn)
-        row = conn.execute(
-            f"{_STANDING} and c.generation = s.generation"
-            " where s.id = ? and s.generation = ? and s.tenant = ?",
-            (head.session_id, head.generation, tenant),
-        ).fetchone()
-        if row is None:
-            raise _moved_on(conn, tenant, head)
-        newest = self._sealed(conn, head.session, row)
-        if head.turn not in (None, newest.turn):
-            query = (
-                "select o.id, o.name from sessions s join sessions o on o.id = s.draft_of"
-                " where s.id = ?"
-            )
-            origin = conn.execute(query, (head.session_id,)).fetchone()
-            if origin is None:
-                self._require_among(conn, head, newest.turn)
-            else:  # a draft may go on with turns of the session that it is of
-                source = replace(head, session=self._named(origin[1]), session_id=origin[0])
-                self._require_on_way(conn, source, head.turn)
-        settings: str = row[2]
-        return settings
-
-    def _ledger(self, conn: sqlite3.Connection, session: str, identity: int) -> Head | None:
-        """Where the session's turns end, as its newest checkpoint that is whole vouches for it."""
-        query = f"{_STANDING} where s.id = ? order by c.generation desc"
-        rows = conn.execute(query, (identity,)).fetchall()
-        for row in rows:
-            try:
-                head = self._sealed(conn, session, row)
-            except DamageError:
-                continue
-            turn, turns = rows[0][6:8]
-            way = ledger.way(conn, turn)
-            if len(way) == turns and (head.turn is None or head.turn in way):
-                head = replace(head, turn=turn, turns=turns)
-            query = "select generation from sessions where id = ?"
-            (generation,) = conn.execute(query, (identity,)).fetchone()
-            return replace(head, generation=generation)
-        return None
-
-    def _require_on_way(self, conn: sqlite3.Connection, head: Head, turn: int | None) -> None:
-        """As `_vouched`, for what mends a session: an older checkpoint may vouch for it."""
-        known = self._ledger(conn, head.session, head.session_id)
-        if known is None:
-            raise _damaged(head.session, "none of its checkpoints matches its digest")
-        if turn is not None:
-            self._require_among(conn, replace(head, turn=turn), known.turn)
-
-    def _require_among(self, conn: sqlite3.Connection, head: Head, last: int | None) -> None:
-        """The turn of `head` leads to `last`, and each turn on that way is as it was written."""
-        if head.turn not in {turn.id for turn in ledger.read(conn, self._vault, last)}:
-            self._settings(conn, head)
-            raise _damaged(head.session, f"turn {head.turn} does not lead to where it stands")
-
-    def _require_turn(self, conn: sqlite3.Connection, head: Head) -> None:
-        """Tell a turn that another writer has rewound or deleted from one that is damaged."""
-        tenant = self._owner(conn)
-        if head.turn is not None and not ledger.turn_exists(conn, tenant, head.turn):
-            self._settings(conn, head)
-            raise ledger.missing(head.turn)
-
-    def _stored(self, session: str) -> str:
-        """A session's name as its row has it."""
-        return self._vault.name(session, *vault.sessions_of(self._owner_name))
-
-    def _named(self, stored: str) -> str:
-        """A session's name, from what its row has; as it is there, if that is damaged."""
-        return self._vault.names(self._owner_name, stored)[1]
-
-    def _require_absent(self, conn: sqlite3.Connection, tenant: int, session: str) -> None:
-        """DamageError for a session that is there, and that the index of names has lost.
-
-        Else a damaged byte would begin a conversation anew that has months behind it.
-        """
-        query = "select 1 from sessions not indexed where tenant = ? and name = ?"
-        if conn.execute(query, (tenant, self._stored(session))).fetchone() is not None:
-            raise _damaged(session, "the index of names has lost it")
-
     def _existing(self, session: str) -> Head:
         head = self.head(session)
         if head is None:
-            raise _unknown(session)
+            raise unknown(session)
         return head
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat()
-
-
-def _time(written: str, session: str) -> datetime:
-    try:
-        return datetime.fromisoformat(written)
-    except (ValueError, TypeError):  # a damaged row may hold values of any type
-        raise _damaged(session, "its times cannot be read") from None
-
-
-def _stands(conn: sqlite3.Connection, tenant: int, head: Head) -> bool:
-    """Whether the tenant has the session, at whichever generation."""
-    query = "select 1 from sessions where id = ? and tenant = ?"
-    return conn.execute(query, (head.session_id, tenant)).fetchone() is not None
-
-
-def _moved_on(
-    conn: sqlite3.Connection, tenant: int, head: Head
-) -> ConflictError | UnknownSessionError:
-    """Why there is nothing at `head`."""
-    if not _stands(conn, tenant, head):
-        return deleted(head.session)
-    return ConflictError(
-        f"session {head.session!r} has moved on from generation {head.generation}, by another "
-        "writer: open it again, and repeat the turn there"
-    )
-
-
-def _unknown(session: str) -> UnknownSessionError:
-    return UnknownSessionError(
-        f"the store holds no session {session!r}; sessions() lists those that it holds"
-    )
-
-
-def _damaged(session: str, how: str) -> DamageError:
-    return DamageError(
-        f"session {session!r} is damaged: {how}. Restore the store from a copy, or have its state "
-        "computed anew from its text, by Agent.rebuild or `still-agent sessions rebuild`"
-    )
