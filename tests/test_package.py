@@ -43,6 +43,10 @@ def test_nothing_called_memory_or_integrations_is_installed(wheel: zipfile.ZipFi
         "still_agent/reference/model/model.safetensors",
         "still_agent/reference/still/config.json",
         "still_agent/reference/still/model.safetensors",
+        *sorted(
+            path.relative_to(ROOT).as_posix()
+            for path in (ROOT / "still_agent/server/page").iterdir()
+        ),
     ],
 )
 def test_package_data_is_in_the_wheel(wheel: zipfile.ZipFile, path: str) -> None:

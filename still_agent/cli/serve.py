@@ -73,5 +73,5 @@ def serve(
         service = Service.of(partial(parts.load, store), limits, known, name)
         where = f"[{host}]" if ":" in host else host
         address = f"http://{where}:{listener.getsockname()[1]}"
-        typer.echo(f"{service.model} at {address}/v1, with {store}")
+        typer.echo(f"{service.model} at {address}/v1, with {store}; a page at {address}/")
         run(service, make_app(service), listener)

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
-from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp
 
-from still_agent.server import completions, sessions
+from still_agent.server import completions, pages, reading, sessions
 from still_agent.server.errors import ApiError, kind_of, told
 from still_agent.server.guard import tenant_of
 from still_agent.server.logs import Observed
@@ -21,14 +19,14 @@ from still_agent.server.replies import HungUp, Json
 from still_agent.server.service import Service
 from still_memory.errors import StillError
 
-PAGE = Path(__file__).parent / "page"
-
 
 def make_app(service: Service) -> ASGIApp:
     """The server, as an ASGI application."""
     app = FastAPI(openapi_url=None)  # its pages would load scripts from elsewhere
     app.include_router(completions.routes(service, int(time.time())))
     app.include_router(sessions.routes(service))
+    app.include_router(reading.routes(service))
+    app.include_router(pages.routes())
 
     @app.get("/healthz")
     async def health() -> Response:
@@ -39,9 +37,6 @@ def make_app(service: Service) -> ASGIApp:
         if tenant_of(request, service.keys) != "":  # sums over all tenants are the operator's
             raise ApiError(403, "The figures are for keys of the tenant without a name.")
         return Response(service.metrics.page(), media_type=TYPE)
-
-    if PAGE.is_dir():
-        app.mount("/", StaticFiles(directory=PAGE, html=True), "page")
 
     async def fail(request: Request, error: Exception) -> Response:
         if not isinstance(error, HungUp):

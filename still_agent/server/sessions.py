@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from datetime import datetime
+from itertools import islice
 from typing import Annotated, Any, TypeVar
 from urllib.parse import unquote
 
@@ -60,9 +61,19 @@ def routes(service: Service) -> APIRouter:
         return found
 
     @router.get("")
-    async def every(request: Request, limit: Limit = PAGE, after: str | None = None) -> Response:
+    async def every(
+        request: Request, limit: Limit = PAGE, after: str | None = None, q: str = ""
+    ) -> Response:
         agent = await service.agent(request)
-        infos = await look(agent.store.sessions, limit + 1, after)
+
+        def read() -> list[SessionInfo]:
+            if not q:
+                return agent.store.sessions(limit + 1, after)
+            wanted = q.casefold()  # of names that may be sealed: SQL cannot look for it
+            found = (i for i in agent.store.sessions(None, after) if wanted in i.name.casefold())
+            return list(islice(found, limit + 1))
+
+        infos = await look(read)
         return Json(_page([_line(info) for info in infos[:limit]], more=len(infos) > limit))
 
     @router.post("")
@@ -234,7 +245,8 @@ def _turn(turn: TurnRecord) -> dict[str, Any]:
         "created": _seconds(turn.created),
         "usage": {
             key: turn.usage[key]
-            for key in ("reused_tokens", "prefilled_tokens", "generated_tokens", "compactions")
+            for key in ("reused_tokens", "prefilled_tokens", "generated_tokens", "compactions",
+                        "steps")
             if key in turn.usage
         },
     }  # fmt: skip
