@@ -59,13 +59,14 @@ class Sampler:
 
     def __call__(self, logits: Tensor) -> int:
         """The next token, given its logits `(vocab,)`. DamageError where they are no numbers."""
-        if not (logits < torch.inf).all():  # the likeliest of them would be an answer from nothing
+        likeliest, token = logits.max(0)  # of which one that is no number counts as the largest
+        if not likeliest < torch.inf:  # an answer from nothing
             raise DamageError(
                 "the model computes no numbers from this state: rewind the session to an earlier "
                 "turn, or begin a new one; if that does not help, load the model in float32"
             )
         if self._sampling.temperature == 0.0:
-            return int(logits.argmax())
+            return int(token)
         chances = (logits.float().cpu() / self._sampling.temperature).softmax(-1)
         chances, tokens = chances.sort(descending=True, stable=True)
         before = chances.cumsum(-1) - chances  # probability of all likelier tokens

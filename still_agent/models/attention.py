@@ -21,6 +21,7 @@ that came, so the result is the stock one bit for bit.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -48,12 +49,7 @@ def still_attention(
     `attention_mask` is `(B, 1, n, S')`, boolean or additive, or None. Returns `(B, n, H, d)`.
     """
     if (rows := getattr(key, "rows", None)) is not None:
-        each = zip(query.split(1), rows, strict=True)
-        attended = [
-            still_attention(module, q, k, v, None, dropout, scaling, **kwargs)[0]
-            for q, (k, v) in each
-        ]
-        return torch.cat(attended), None
+        return _by_row(module, query, rows, dropout, scaling), None
     if (observe := getattr(key, "observe", None)) is not None:
         observe(query)
     if attention_mask is not None:
@@ -67,6 +63,31 @@ def still_attention(
     if bias.requires_grad:
         return _folded(module, query, key, value, attention_mask, bias, dropout, scaling), None
     return _biased(query, key, value, attention_mask, bias, dropout, scaling), None
+
+
+def _by_row(
+    module: torch.nn.Module,
+    query: Tensor,
+    rows: Sequence[tuple[Tensor, Tensor]],
+    dropout: float,
+    scaling: float | None,
+) -> Tensor:
+    """One new token a row, each over its own slots: what it gets alone, bit for bit.
+
+    Without a bias that is this one call, for all that transformers does around it.
+    """
+    attended = []
+    for q, (key, value) in zip(query.split(1), rows, strict=True):
+        if key.__dict__:  # a bias, or who looks on
+            out = still_attention(module, q, key, value, None, dropout, scaling)[0]
+            attended.append(out.transpose(1, 2))
+        else:
+            attended.append(
+                functional.scaled_dot_product_attention(
+                    q, key, value, dropout_p=dropout, scale=scaling, enable_gqa=True
+                )
+            )
+    return torch.cat(attended).transpose(1, 2)  # (B, 1, H, d)
 
 
 def _fit(mask: Tensor, slots: int) -> Tensor:

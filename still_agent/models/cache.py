@@ -50,9 +50,8 @@ class LiveLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to do: the layer is allocated when it is made."""
 
-    @torch.no_grad()
     def write(self, keys: Tensor, values: Tensor, bias: Tensor | None, at: int) -> None:
-        """Put slots at `[at, at + S)`, in place; the layer ends with them."""
+        """Put slots that need no gradient at `[at, at + S)`, in place; the layer ends with them."""
         n = keys.shape[-2]
         end = at + n
         if end > self.capacity:
@@ -188,6 +187,7 @@ class LiveCache(Cache):
         """Bytes allocated, used or not."""
         return sum(t.nbytes for t in self._memory)
 
+    @torch.no_grad()
     def load(
         self, layer: int, keys: Tensor, values: Tensor, bias: Tensor | None = None, *, at: int = 0
     ) -> None:
