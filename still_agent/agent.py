@@ -17,6 +17,7 @@ from weakref import WeakValueDictionary
 import torch
 
 from still_agent.answering import Answering, Place, branch_name, check_thread, turns_of
+from still_agent.batch import thread_of
 from still_agent.budget import Budget
 from still_agent.compactor import choose_compactor
 from still_agent.ephemeral import EphemeralStore, Store
@@ -131,7 +132,7 @@ class Agent:
             raise InputError("a key encrypts a store, and there is none: give store= as well")
         model = load_model(name, device=device, dtype=dtype)
         (budget or Budget()).require_window(model.window)
-        chosen = choose_compactor(compactor, name, model)
+        chosen = thread_of(model).run(lambda: choose_compactor(compactor, name, model))
         kept: Store = (
             EphemeralStore(EXACT if codec is None else codec)
             if store is None
@@ -317,8 +318,10 @@ class Agent:
 
         For another model, compactor or budget than it has had, or where its state is damaged: the
         ledger is all that is read. With the parts that it has had, the state is the same bit for
-        bit, and damaged spans are mended also for the sessions that share them. `restored` tells
-        what was done, and in `differs` what is otherwise than the ledger had it.
+        bit, and damaged spans are mended also for the sessions that share them; but for what
+        follows a reply that was decoded in one batch with other sessions', which comes out
+        otherwise in its last bits. `restored` tells what was done, and in `differs` what is
+        otherwise than the ledger had it.
 
         on_progress: called with the tokens taken in so far, and in all.
 

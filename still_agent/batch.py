@@ -1,220 +1,279 @@
-"""One batch for all sessions of a model: where threads meet for the next forward pass.
+"""The model's own thread: it computes for all sessions, and the tokens they decode in one pass.
 
-Each session runs in the thread of whoever waits for its reply, and asks for one pass after the
-other. Here these become passes of many rows (`FrozenModel.forward_rows`), one at a time, so
-that ten replies cost little more than one, and no two passes fight for the same cores.
+Each session runs in the thread of whoever waits for its reply. What it has to compute it hands to
+the one thread of its model: a token to decode (`step`), or anything else (`forward`, `run`).
 
-- There is no thread of its own: the one that completes the batch runs the pass for all, and
-  wakes them. One session alone runs its own pass, the one it always ran.
+- PyTorch's OpenMP gives every thread that computes a team of workers of its own, and where there
+  are more teams than cores all of them get slow. So sessions' threads compute nothing large.
+- Tokens that wait are decoded in one pass (`FrozenModel.forward_rows`), so that ten replies cost
+  little more than one. One alone takes the pass that it always took.
 - Who was in the last pass is expected in the next, for a grace that is short against a pass and
   begins anew with each that comes: a reply that has ended, or whose reader is slow, delays the
   others once, and by no more.
-- Texts are read alone, a chunk a pass, in turns with each other. While both wait, reading and
-  decoding get equal time, so that neither a long text nor many replies keep the rest waiting.
-- A batch that fails is computed again row by row, so that an error reaches its own thread alone.
-- A thread that is interrupted takes its row with it, and leaves the pass to another.
+- All else is done in order. While both wait, it and decoding get equal time, so that neither a
+  long text nor many replies keep the rest waiting.
+- A pass that fails is computed again row by row, so that an error reaches its own thread alone.
+- Nothing is shared between threads but what is appended, popped or claimed at once, and a request
+  made inside the model's thread is computed there and then: so a garbage collection, which may
+  undo a stream anywhere, finds no lock that its own thread holds.
 """
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from contextvars import copy_context
+from functools import partial
 from time import perf_counter
-from typing import Protocol
-from weakref import WeakValueDictionary
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary, finalize, ref
 
 from torch import Tensor
 
 from still_agent.models.cache import LiveCache
+from still_agent.models.frozen import FrozenModel
 
 GRACE = 0.25  # of the last pass: how long its rows are waited for, since the last one came,
 LONGEST_GRACE = 0.004  # in seconds, at most
 
-
-class Model(Protocol):
-    """What a batch runs; see `FrozenModel`. A cache is unchanged when anything is raised."""
-
-    def forward(self, ids: Sequence[int], cache: LiveCache, position: int) -> Tensor: ...
-
-    def forward_rows(
-        self, tokens: Sequence[int], caches: Sequence[LiveCache], positions: Sequence[int]
-    ) -> Tensor: ...
+T = TypeVar("T")
 
 
-class _Turn:
-    """What one thread asks for, and gets."""
+class _Request:
+    """What one thread waits for, and gets: a value, or an error."""
 
-    def __init__(self, ids: Sequence[int], cache: LiveCache, position: int) -> None:
-        self.ids, self.cache, self.position = ids, cache, position
-        self.logits: Tensor | None = None
-        self.error: Exception | None = None
-        self._sleep = threading.Lock()
-        self._sleep.acquire()
+    __slots__ = ("_claim", "_done", "_finished", "batched", "compute", "error", "owner", "value")
 
-    @property
-    def done(self) -> bool:
-        return self.logits is not None or self.error is not None
+    def __init__(self, compute: Callable[[], Any], owner: LiveCache | None) -> None:
+        self.compute, self.owner = compute, owner
+        self.value: Any = None
+        self.error: BaseException | None = None
+        self.batched = self._finished = False
+        self._claim, self._done = threading.Lock(), threading.Lock()
+        self._done.acquire()
 
-    def wait(self, seconds: float | None) -> None:
-        """Until `wake`, which may have come before, or for so long."""
-        self._sleep.acquire(timeout=-1 if seconds is None else seconds)
+    def claim(self) -> bool:
+        """Whether the caller has it from now on, to compute it or to take it back."""
+        return self._claim.acquire(blocking=False)
 
-    def wake(self) -> None:
-        if self._sleep.locked():
-            self._sleep.release()
+    def answer(self) -> None:
+        try:
+            self.value = self.compute()
+        except BaseException as error:  # whatever it is, it is for the thread that waits
+            self.error = error
+
+    def finish(self) -> None:
+        self._finished = True
+        self._done.release()
+
+    def wait(self) -> None:
+        self._done.acquire()
+
+    def withdraw(self) -> None:
+        """Whoever waited was interrupted. What is being computed is waited for all the same."""
+        if not self.claim():
+            while not self._finished:
+                with suppress(KeyboardInterrupt):
+                    self._done.acquire()
 
 
-class Batch:
-    """The forward passes of one model, one at a time. Safe with threads."""
+class _Step(_Request):
+    """One more token for a live cache."""
 
-    def __init__(self, model: Model) -> None:
-        self._model = model
-        self._lock = threading.Lock()  # for all below; never held during a pass
-        self._rows: list[_Turn] = []  # want one token decoded; those of a running pass too,
-        self._chunks: list[_Turn] = []  # or want several read
-        self._running: list[_Turn] = []
-        self._leader: _Turn | None = None  # whose thread runs them
-        self._began = 0.0
-        self._expected: set[int] = set()  # ids of the caches that were in the last batch
-        self._grace = self._deadline = 0.0  # when they are not waited for any longer
-        self._ahead = 0.0  # seconds that reading has had more than decoding, while both waited
+    __slots__ = ("cache", "position", "token")
+
+    def __init__(self, model: FrozenModel, token: int, cache: LiveCache, position: int) -> None:
+        super().__init__(partial(model.forward, [token], cache, position), cache)
+        self.token, self.cache, self.position = token, cache, position
+
+
+class ModelThread:
+    """Computes what other threads ask for. Started when it is first needed, and in each fork.
+
+    A request that is interrupted before its turn is as if it had never been made. One that is
+    being computed then is computed to its end, and a token is taken out of its cache again.
+    """
+
+    def __init__(self, model: FrozenModel) -> None:
+        self._model = ref(model)
+        self._process = self._ident = 0
+        self._starting = threading.Lock()
+        finalize(model, self._stop).atexit = False
+        self._begin()
+
+    # -- in the thread that asks --------------------------------------------------------------
+
+    def run(self, function: Callable[[], T], owner: LiveCache | None = None) -> T:
+        """What `function` returns or raises, with the caller's context variables.
+
+        owner: whose cache it is for; no token of it is expected meanwhile.
+        """
+        value: T = self._ask(_Request(partial(copy_context().run, function), owner))
+        return value
 
     def forward(self, ids: Sequence[int], cache: LiveCache, position: int) -> Tensor:
-        """As `FrozenModel.forward`; one token may be computed together with other threads'."""
-        turn = _Turn(ids, cache, position)
+        """As `FrozenModel.forward`."""
+        request = _Request(partial(self._held.forward, ids, cache, position), cache)
+        return self._logits(request, cache, len(ids))
+
+    def step(self, token: int, cache: LiveCache, position: int) -> tuple[Tensor, bool]:
+        """As `forward` with one token, and whether other threads' were in the same pass."""
+        request = _Step(self._held, token, cache, position)
+        return self._logits(request, cache, 1), request.batched
+
+    def _logits(self, request: _Request, cache: LiveCache, tokens: int) -> Tensor:
         try:
-            self._join(turn)
-            while not turn.done:
-                leads, seconds = self._lead(turn)
-                if leads:
-                    self._compute(self._running)
-                    self._end()
-                else:
-                    turn.wait(seconds)
+            logits: Tensor = self._ask(request)
+            return logits
         except BaseException:
-            self._withdraw(turn)
+            if request.value is not None:  # interrupted, and computed all the same
+                cache.crop(-tokens)
             raise
-        if turn.error is not None:
-            raise turn.error
-        assert turn.logits is not None
-        return turn.logits
 
-    def _join(self, turn: _Turn) -> None:
-        with self._lock:
-            if id(turn.cache) in self._expected:
-                self._expected.remove(id(turn.cache))
-                self._deadline = perf_counter() + self._grace
-            (self._rows if len(turn.ids) == 1 else self._chunks).append(turn)
-
-    def _lead(self, turn: _Turn) -> tuple[bool, float | None]:
-        """Whether this thread is to run a pass now; if not, how long to wait (None: until woken).
-
-        Whoever asks while no pass runs sees to it that someone runs the next one.
-        """
-        with self._lock:
-            if self._running or turn.done:
-                return False, 0.0 if turn.done else None
-            party, seconds = self._next()
-            if turn not in party:
-                if party:
-                    party[0].wake()
-                return False, seconds
-            self._running, self._leader, self._began = party, turn, perf_counter()
-            return True, None
-
-    def _next(self) -> tuple[list[_Turn], float | None]:
-        """Who is to be computed now, or in how many seconds to ask again."""
-        left = self._deadline - perf_counter()
-        if left <= 0:
-            self._expected.clear()
-        decoding = bool(self._rows or self._expected)
-        if self._chunks and (self._ahead <= 0 or not decoding):
-            return self._chunks[:1], None
-        if self._expected:
-            return [], left
-        return self._rows[:], None
-
-    def _compute(self, party: Sequence[_Turn]) -> None:
-        """Give each its logits or its error; whatever else is raised leaves it with neither."""
+    def _ask(self, request: _Request) -> Any:
+        # As an interpreter ends, no other thread of it runs any more.
+        if threading.get_ident() == self._ident or sys.is_finalizing():
+            return request.compute()
+        if self._process != os.getpid():
+            self._start()
         try:
-            if len(party) == 1:
-                [turn] = party
-                turn.logits = self._model.forward(turn.ids, turn.cache, turn.position)
-                return
-            logits = self._model.forward_rows(
-                [turn.ids[0] for turn in party],
-                [turn.cache for turn in party],
-                [turn.position for turn in party],
-            )
-            for turn, row in zip(party, logits, strict=True):
-                turn.logits = row
-        except Exception as error:
-            if len(party) == 1:
-                party[0].error = error
-                return
-            for turn in party:
-                self._compute([turn])
+            self._inbox.append(request)
+            if len(self._inbox) >= self._wanted:
+                self._ring()
+            request.wait()
+        except BaseException:
+            request.withdraw()
+            raise
+        if request.error is not None:
+            error, request.error = request.error, None  # which refers to the request
+            try:
+                raise error
+            finally:
+                del error
+        return request.value
 
-    def _end(self) -> None:
-        with self._lock:
-            self._finish()
+    @property
+    def _held(self) -> FrozenModel:
+        model = self._model()
+        assert model is not None  # whoever has a live cache to compute on holds its model
+        return model
 
-    def _finish(self) -> None:
-        """The pass is over; those not computed, because its leader was interrupted, wait on.
+    def _ring(self) -> None:
+        with suppress(RuntimeError):  # it was rung, and is not heard yet
+            self._bell.release()
 
-        Where it is interrupted itself, `_withdraw` does it again, as long as there is a leader.
-        """
-        party, now = self._running, perf_counter()
-        seconds = now - self._began
-        done = [turn for turn in party if turn.done]
-        if len(party[0].ids) == 1:
-            self._rows = [turn for turn in self._rows if not turn.done]
-            self._ahead = self._ahead - seconds if self._chunks else 0.0
-            back = {id(turn.cache) for turn in self._rows}
-            self._expected = {id(turn.cache) for turn in done} - back
-            self._grace = min(GRACE * seconds, LONGEST_GRACE)
-            self._deadline = now + self._grace
+    def _start(self) -> None:
+        with self._starting:
+            if self._process != os.getpid():
+                self._begin()
+                thread = threading.Thread(target=self._serve, name="model", daemon=True)
+                thread.start()
+                self._ident, self._process = thread.ident or 0, os.getpid()
+
+    def _stop(self) -> None:
+        self._stopped = True
+        self._ring()
+
+    # -- in the model's thread ----------------------------------------------------------------
+
+    def _begin(self) -> None:
+        self._inbox: deque[_Request] = deque()
+        self._wanted = 1  # requests in it that are worth waking up for
+        self._bell = threading.Lock()
+        self._bell.acquire()
+        self._steps: list[_Step] = []
+        self._work: deque[_Request] = deque()
+        self._expected: set[int] = set()  # ids of the caches that were in the last pass,
+        self._grace = self._deadline = 0.0  # and when they are not waited for any longer
+        self._ahead = 0.0  # seconds that work has had more than decoding, while both waited
+        self._stopped = False
+
+    def _serve(self) -> None:
+        while not self._stopped:
+            if not self._compute():
+                self._sleep()
+
+    def _sort(self) -> None:
+        """Take in what has been asked for meanwhile."""
+        while self._inbox:
+            request = self._inbox.popleft()
+            if id(request.owner) in self._expected:
+                self._expected.remove(id(request.owner))
+                self._deadline = perf_counter() + self._grace
+            if isinstance(request, _Step):
+                self._steps.append(request)
+            else:
+                self._work.append(request)
+
+    def _compute(self) -> bool:
+        """One pass or one piece of work; False if there is none, or it is not yet time."""
+        self._sort()
+        if self._expected and perf_counter() >= self._deadline:
+            self._expected.clear()
+        decoding = bool(self._steps or self._expected)
+        if self._work and (self._ahead <= 0 or not decoding):
+            self._do(self._work.popleft())
+        elif self._steps and not self._expected:
+            steps, self._steps = self._steps, []
+            self._decode([step for step in steps if step.claim()])
         else:
-            self._chunks = [turn for turn in self._chunks if not turn.done]
-            self._ahead = self._ahead + seconds if self._rows else 0.0
-        for turn in done:
-            turn.wake()
-        self._running, self._leader = [], None
-        self._hand_on()
+            return False
+        return True
 
-    def _hand_on(self) -> None:
-        """Have someone who waits see to the next pass, if anyone does."""
-        if not self._running and (waiting := self._next()[0] or self._rows or self._chunks):
-            waiting[0].wake()
+    def _do(self, request: _Request) -> None:
+        if request.claim():
+            began = perf_counter()
+            request.answer()
+            request.finish()
+            self._sort()
+            self._ahead = self._ahead + perf_counter() - began if self._steps else 0.0
 
-    def _withdraw(self, turn: _Turn) -> None:
-        """Take back what an interrupted thread asked for; its cache is then as it was."""
-        while True:
-            with suppress(KeyboardInterrupt):  # one more must not leave the others waiting
-                with self._lock:
-                    if self._leader is turn:
-                        self._finish()
-                    if turn not in self._running:
-                        for waiting in (self._rows, self._chunks):
-                            if turn in waiting:
-                                waiting.remove(turn)
-                        self._expected.discard(id(turn.cache))
-                        self._hand_on()
-                        break
-                turn.wait(None)  # another thread computes it just now
-        if turn.logits is not None:
-            turn.cache.crop(-len(turn.ids))
+    def _decode(self, steps: list[_Step]) -> None:
+        began = perf_counter()
+        if len(steps) > 1:
+            self._decode_together(steps)
+        for step in steps:
+            if not step.batched:
+                step.answer()
+        seconds = perf_counter() - began
+        self._sort()
+        self._ahead = self._ahead - seconds if self._work else 0.0
+        self._expected = {id(step.owner) for step in steps}
+        self._grace = min(GRACE * seconds, LONGEST_GRACE)
+        self._deadline = perf_counter() + self._grace
+        for step in steps:
+            step.finish()
+
+    def _decode_together(self, steps: list[_Step]) -> None:
+        with suppress(BaseException):  # an error of one: each is then computed alone
+            logits = self._held.forward_rows(
+                [step.token for step in steps],
+                [step.cache for step in steps],
+                [step.position for step in steps],
+            )
+            for step, row in zip(steps, logits.unbind(), strict=True):
+                step.value, step.batched = row, True
+
+    def _sleep(self) -> None:
+        """Until there is something to do, or those expected are not waited for any longer."""
+        self._wanted = max(len(self._expected), 1)
+        if len(self._inbox) < self._wanted:
+            left = max(self._deadline - perf_counter(), 0.0) if self._expected else -1
+            self._bell.acquire(timeout=left)
+        self._wanted = sys.maxsize  # it looks by itself
 
 
-_batches: WeakValueDictionary[int, Batch] = WeakValueDictionary()
+_threads: WeakKeyDictionary[FrozenModel, ModelThread] = WeakKeyDictionary()
 _lock = threading.Lock()
 
 
-def batch_of(model: Model) -> Batch:
-    """The one batch of this very object, for as long as anyone holds it."""
+def thread_of(model: FrozenModel) -> ModelThread:
+    """The one thread of this very object; it ends with the model."""
     with _lock:
-        batch = _batches.get(id(model))  # the batch holds the model, so its id is not used again
-        if batch is None:
-            _batches[id(model)] = batch = Batch(model)
-        return batch
+        if (thread := _threads.get(model)) is None:
+            thread = _threads[model] = ModelThread(model)
+        return thread

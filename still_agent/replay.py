@@ -2,10 +2,11 @@
 
 What a state is depends on how its tokens came in: a message in one run, a reply token by token,
 reasoning fed and taken back. So a turn is taken in again by the steps that took it in first:
-a reply by the very code that made it, its tokens chosen by the ledger. With the same model,
-compactor, budget and machine the state is the same, bit for bit. With another budget or
-compactor it is what this agent would have made of the same tokens; the boundaries in the ledger
-tell (`Restored.differs`).
+a reply by the very code that made it, its tokens chosen by the ledger, each in a pass of its own.
+With the same model, compactor, budget and machine the state is the same, bit for bit; but for
+what follows a reply that shared passes with others, whose last bits they shaped. With another
+budget or compactor it is what this agent would have made of the same tokens; the ledger tells
+(`Restored.differs`).
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ class Restored:
     def faithful(self) -> bool:
         """Whether all went as the ledger tells: text, boundaries, compactor, budget, tokens.
 
-        A turn without compactions logs neither compactor nor budget: they did not matter to it.
+        And alone: "batched" differs where a reply was decoded in one batch with others, which no
+        replay can do again to the last bit. A turn without compactions logs neither compactor nor
+        budget: they did not matter to it.
         """
         return not self.differs
 
@@ -90,6 +93,7 @@ def retell(
         if told is not None:
             text = _tell_again(state, tokenizer, asked.tokens, told)
             differs |= {"text"} if text != told.text else set()
+            differs |= {"batched"} if told.usage.get("batched") else set()
         elif asked.tokens:
             state.extend(asked.tokens)
         state.checkpoint()  # the open run is sealed where it was then
@@ -141,11 +145,14 @@ def _tell_again(
 
     sampling = Sampling(max_tokens=count, stop=_stop(told.usage.get("stop")))
     replying = answer(state, tokenizer, message, sampling, choose)
-    while True:
-        try:
+    state.alone = True
+    try:
+        while True:
             next(replying)
-        except StopIteration as found:
-            return _as_told(found.value.text, told.usage.get("tools"))
+    except StopIteration as found:
+        return _as_told(found.value.text, told.usage.get("tools"))
+    finally:
+        state.alone = False
 
 
 def _as_told(text: str, tools: JsonValue) -> str:

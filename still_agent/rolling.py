@@ -14,18 +14,21 @@ Restoring a checkpoint fills it in the same way from the same bytes (a codec rou
 is made, and not when it is saved); and how a message is cut
 for prefill depends on nothing but the number of slots held. So a resumed state and one that
 never stopped compute the same numbers, bit for bit.
+
+All of it is computed in the model's own thread (see `batch`), and told of in the caller's.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from still_agent.batch import batch_of
+from still_agent.batch import thread_of
 from still_agent.budget import Budget
 from still_agent.events import Compaction, OnCompaction
 from still_agent.models.frozen import FrozenModel
@@ -36,6 +39,8 @@ from still_memory.compactors.base import Compactor
 from still_memory.errors import BudgetError, CompactorError, DamageError, InputError
 from still_memory.rotation import free, place
 from still_memory.span import Span, raw_slots
+
+T = TypeVar("T")
 
 PREFILL = 512  # tokens of one forward pass, so that activations stay bounded
 _REMEDY = "the compactor is at fault: use another one"
@@ -70,13 +75,15 @@ class RollingState:
     ) -> None:
         budget.require_window(model.window)
         self.model, self.compactor, self.budget = model, compactor, budget
-        self.cache = model.new_cache(budget.slots)
-        self._batch = batch_of(model)
+        self._thread = thread_of(model)
+        self.cache = self._thread.run(lambda: model.new_cache(budget.slots))
+        self.alone = False  # whether steps take passes of their own, as a replay's must
+        self.batched = False  # whether one has had company since this was last set
         self.length = 0  # logical tokens
         self.compactions = 0  # done by this object, also where a restore has undone them
         self._on_compaction, self._codec = on_compaction, check_codec(codec)
         self._schedule = schedule_for(budget, pinned=0)
-        self._entries: list[Entry] = []
+        self._stand([])
         self._open: list[int] = []  # newest tokens, in the live cache alone
 
     # -- what it holds ------------------------------------------------------------------------
@@ -84,12 +91,12 @@ class RollingState:
     @property
     def slots(self) -> int:
         """Slots held, in the mean layer."""
-        return sum(entry.slots for entry in self._entries) + len(self._open)
+        return self._slots + len(self._open)
 
     @property
     def position(self) -> int:
         """Where the next token stands: behind the slots of the largest layer."""
-        return sum(entry.positions for entry in self._entries) + len(self._open)
+        return self._positions + len(self._open)
 
     @property
     def shares(self) -> dict[Share, int]:
@@ -147,15 +154,23 @@ class RollingState:
             while not (free := self.free):
                 self._make_room()
             n = min(free, len(ids) - at, PREFILL)
-            logits = self._batch.forward(ids[at : at + n], self.cache, self.position)
+            logits = self._thread.forward(ids[at : at + n], self.cache, self.position)
             self._open += ids[at : at + n]
             self.length += n
             at += n
         return logits
 
     def step(self, token: int) -> Tensor:
-        """Take in one token; logits `(vocab,)` after it."""
-        return self.extend([token])
+        """As `extend` with one token; other conversations' may be computed in the same pass."""
+        if self.alone:
+            return self.extend([token])
+        while not self.free:
+            self._make_room()
+        logits, batched = self._thread.step(token, self.cache, self.position)
+        self._open.append(token)
+        self.length += 1
+        self.batched |= batched
+        return logits
 
     def compact(self, slots: int) -> None:
         """Make everything but the pinned prefix one span of at most `slots` slots, now.
@@ -175,28 +190,10 @@ class RollingState:
 
         The schedule needs no such call.
         """
-        self._seal("tail")
-        pinned, memory, tail = ([e for e in self._entries if e.share == s] for s in SHARES)
-        raw, tail = _split(tail, plan.tokens)
-        taken = [*memory[plan.low : plan.high], *raw]
-        before, began = sum(entry.slots for entry in taken), time.perf_counter()
-        with torch.inference_mode():
-            spans = [free(_standing(entry), self.model.rope) for entry in taken]
-            slots = min(plan.slots, before - 1)
-            span = self.compactor.compact(spans, slots, longest)
-        _require_shorter(span, spans, slots, longest)
-        span = settled(span, self._codec)
-        entry = Entry(span, span.start, span.end, 0, "memory", plan.level)
-        self._entries = [*pinned, *memory[: plan.low], entry, *memory[plan.high :], *tail]
-        self._fill()
+        event = self._run(lambda: self._compacted(plan, longest))
         self.compactions += 1
         if self._on_compaction is not None:
-            seconds = time.perf_counter() - began
-            self._on_compaction(
-                Compaction(
-                    span.start, span.end, before, span.slots, span.rounds, plan.level, seconds
-                )
-            )
+            self._on_compaction(event)
 
     @property
     def memory(self) -> list[Held]:
@@ -231,11 +228,21 @@ class RollingState:
                 f"{self.budget.slots}: load the agent with Budget(slots={least}) or more"
             )
         self._schedule = schedule_for(self.budget, pinned, self.model.window)
-        self._entries, self._open = list(checkpoint.entries), []
-        self.length = checkpoint.length
-        self._fill()
+        self._stand(checkpoint.entries)
+        self._open, self.length = [], checkpoint.length
+        self._run(self._fill)
 
     # -- inside -------------------------------------------------------------------------------
+
+    def _run(self, function: Callable[[], T]) -> T:
+        """Compute it in the model's thread; it must tell no observer."""
+        return self._thread.run(function, self.cache)
+
+    def _stand(self, entries: Sequence[Entry]) -> None:
+        """Hold these from now on, their sizes counted once and not at each token."""
+        self._entries = list(entries)
+        self._slots = sum(entry.slots for entry in entries)
+        self._positions = sum(entry.positions for entry in entries)
 
     def _seal(self, share: Share) -> None:
         """Copy the open run out of the live cache, once, into a raw span.
@@ -243,8 +250,12 @@ class RollingState:
         What a codec rounds of it goes back into the cache: the model goes on from what will be
         read back.
         """
-        if not (n := len(self._open)):
-            return
+        if self._open:
+            self._run(lambda: self._sealed(share))
+
+    def _sealed(self, share: Share) -> None:
+        """Do what `_seal` says, in the model's thread."""
+        n = len(self._open)
         start, base = self.length - n, self.position - n
         layers = []
         for layer, held in enumerate(self.cache.lengths):
@@ -256,7 +267,7 @@ class RollingState:
             for layer, held in enumerate(self.cache.lengths):
                 slots = span.layers[layer]
                 self.cache.load(layer, slots.keys, slots.values, at=held - n)
-        self._entries.append(Entry(span, start, self.length, base, share))
+        self._stand([*self._entries, Entry(span, start, self.length, base, share)])
         self._open = []
 
     def _make_room(self) -> None:
@@ -271,6 +282,27 @@ class RollingState:
         # Memory may take the positions that nothing else needs.
         most = self.model.window - self.budget.slots + shares.memory
         self.carry_out(plan, max(plan.slots, plan.slots * most // shares.memory))
+
+    def _compacted(self, plan: Plan, longest: int) -> Compaction:
+        """Do what `carry_out` says, in the model's thread; what was done."""
+        self._seal("tail")
+        pinned, memory, tail = ([e for e in self._entries if e.share == s] for s in SHARES)
+        raw, tail = _split(tail, plan.tokens)
+        taken = [*memory[plan.low : plan.high], *raw]
+        before, began = sum(entry.slots for entry in taken), time.perf_counter()
+        with torch.inference_mode():
+            spans = [free(_standing(entry), self.model.rope) for entry in taken]
+            slots = min(plan.slots, before - 1)
+            span = self.compactor.compact(spans, slots, longest)
+        _require_shorter(span, spans, slots, longest)
+        span = settled(span, self._codec)
+        entry = Entry(span, span.start, span.end, 0, "memory", plan.level)
+        self._stand([*pinned, *memory[: plan.low], entry, *memory[plan.high :], *tail])
+        self._fill()
+        seconds = time.perf_counter() - began
+        return Compaction(
+            span.start, span.end, before, span.slots, span.rounds, plan.level, seconds
+        )
 
     @property
     def _pinned(self) -> int:

@@ -167,7 +167,8 @@ class Session:
           message and its reply), the ledger's token ids are taken in again from the nearest
           checkpoint before it, or from the start, by the steps of the first time. That is the
           same state bit for bit if the turns were made with this model, compactor, budget and
-          machine; `restored.differs` names what the ledger shows to be otherwise.
+          machine, and not in one batch with other sessions'; `restored.differs` names what the
+          ledger shows to be otherwise.
           `on_replay` hears of the progress, and `on_compaction` of each compaction.
 
         Counts as a turn: an open stream is abandoned, and if anything is raised the session is
@@ -371,6 +372,7 @@ class Session:
             read = [self._take_in(*message) for message in before]
             reused, compactions = state.length, state.compactions
             self._steps.begin()
+            state.batched = False
             message = self._tokenizer.message(role, text)
             shown = Shown(tools)
             held = ""  # the newest piece waits for the next one, and the last for the commit
@@ -391,6 +393,8 @@ class Session:
             held = rest or held
             usage = Usage(reused, found.prefilled, found.generated, state.compactions - compactions)
             logged: dict[str, JsonValue] = {**usage.to_json(), **self._steps.log()}
+            if state.batched:  # its last bits are not those of a reply alone
+                logged["batched"] = True
             if sampling.stop:  # which may have cut the reply: a replay needs them
                 logged["stop"] = [*sampling.stop]
             if tools is not None and said.text != found.text:  # it has their form: likewise

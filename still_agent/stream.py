@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -73,7 +73,18 @@ class Stream(Iterator[str]):
         self.close()
 
     def __del__(self) -> None:
-        self.close()
+        # A garbage collection may come in any thread, the model's too (see `batch`), for which
+        # whoever has the session may be waiting: so not a moment is waited here.
+        lock = self._conversation.lock
+        if lock.acquire(blocking=False):
+            try:
+                self.close()
+            finally:
+                lock.release()
+        else:
+            left = threading.Thread(target=self._conversation.abandon, args=(self._pieces,))
+            with suppress(RuntimeError):  # the interpreter ends, and the session with it
+                left.start()
 
 
 class Leavable(Iterator[str], Protocol):
