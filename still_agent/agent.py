@@ -57,7 +57,7 @@ if TYPE_CHECKING:
     from still_agent.grammar import Grammars
 
 OPEN = 16  # sessions that stay open between calls of `answer`
-_TRIES = 3  # for sessions that others move on meanwhile
+_TRIES = 8  # for sessions that others move on meanwhile
 
 
 class Agent:
@@ -87,6 +87,7 @@ class Agent:
         # Those that `answer` used last stay open, for nobody else holds them between calls.
         self._recent: deque[Session] = deque(maxlen=open_sessions)
         self._lock = threading.RLock()
+        self._naming = threading.Lock()  # while a branch's name is found free and taken
         self._form = format_for(model.model.config.model_type)
 
     @classmethod
@@ -251,20 +252,28 @@ class Agent:
     def place(self, thread: str, told: Sequence[tuple[str, str]]) -> Place:
         """Where a conversation goes on; see `answering.Sessions`."""
         pinned = told[0][1] if told[0][0] == "system" else None
+        had = int(pinned is not None)
         for _ in range(_TRIES):  # again, if another writer moves on what was just recognised
-            known = self.store.recognise(told[:-1], thread, self.model.identity)
-            if known is None or (not known.stands and known.turns == int(pinned is not None)):
+            # Strangers' nameless lists begin with one system prompt: each has a session of its own.
+            alike = thread or len(told) - 1 > had
+            known = self.store.recognise(told[:-1], thread, self.model.identity) if alike else None
+            if known is None and had == 0 and (unsaid := self._unsaid(thread)) is not None:
+                opened = self._resume(unsaid)
+                place = Place(opened, unsaid, 0)
+            elif known is None or (known.turns == had and not (thread and known.stands)):
                 self._require_own(thread)
                 opened = self._begun(thread, pinned)
-                had = int(pinned is not None)
                 place = Place(opened, opened.head, had, opened.head.tokens)
             elif (head := self.store.head(known.session)) is None:
                 continue
-            elif known.stands and head.turn == known.turn:
+            elif known.stands and head.turn == known.turn and (thread or self._idle(head)):
                 opened = self._resume(head)
                 place = Place(opened, head, known.turns)
             elif [t.id for t in self.store.history(head)[: known.turns]][-1:] == [known.turn]:
-                opened = self._fork(head, self._free_name(thread), known.turns, thread, None)
+                try:
+                    opened = self._fork(head, None, known.turns, thread, None)
+                except ConflictError:
+                    continue
                 read = 0 if opened.restored is None else opened.restored.replayed_tokens
                 place = Place(opened, opened.head, known.turns, read, known.session)
             else:
@@ -482,21 +491,26 @@ class Agent:
             )
 
     def _fork(
-        self, head: Head, name: str, at: int, thread: str | None, on_replay: OnReplay | None
+        self, head: Head, name: str | None, at: int, thread: str | None, on_replay: OnReplay | None
     ) -> Session:
-        """A new session that begins as the one at `head` stood after turn `at`."""
+        """A new session that begins as the one at `head` stood after turn `at`.
+
+        name: None for the next of the conversation `thread`.
+        """
         state, steps = self._state()
         past, restored = stand_at(state, steps, self.store, head, at, on_replay)
-        forked = self._opened(state, steps, self.store.fork(past, name, state.checkpoint(), thread))
+        with self._naming:
+            name = self._free_name(thread or "") if name is None else name
+            made = self.store.fork(past, name, state.checkpoint(), thread)
+        forked = self._opened(state, steps, made)
         forked.restored = restored
         return forked
 
     def _begun(self, thread: str, system: str | None) -> Session:
         """A conversation's next session."""
-        for _ in range(2):  # again, if another process takes the name meanwhile
-            name = self._free_name(thread)
+        for _ in range(_TRIES):  # again, if another process takes the name meanwhile
             try:
-                return self._begin(name, system, thread if name != thread else None)
+                return self._begin(None, system, thread)
             except ConflictError:
                 continue
         raise ConflictError(f"conversation {thread!r} is being begun elsewhere; try again")
@@ -524,23 +538,39 @@ class Agent:
 
     def _require_own(self, thread: str) -> None:
         """IdentityError if the conversation's sessions are all of another model."""
+        if not thread:  # it has any number of them, and strangers' are no concern
+            return
         heads = [h for h in map(self.store.head, self.store.branches(thread)) if h is not None]
-        if thread and heads and all(h.model.address != self.model.identity.address for h in heads):
+        if heads and all(h.model.address != self.model.identity.address for h in heads):
             remedy = f"Load that model to go on, or {self._to_rebuild(heads[0].session)}"
             self.model.identity.require(heads[0].model, f"session {heads[0].session!r}", remedy)
 
-    def _begin(self, id: str, system: str | None, thread: str | None = None) -> Session:
+    def _unsaid(self, thread: str) -> Head | None:
+        """A conversation's session in which nothing was said yet: its first turn was undone."""
+        head = self.store.head(thread) if thread else None
+        own = head is not None and head.model.address == self.model.identity.address
+        return head if own and head.turns == 0 and THREAD not in head.settings else None
+
+    def _idle(self, head: Head) -> bool:
+        session = self._open_here(head)
+        return session is None or session.idle
+
+    def _begin(self, id: str | None, system: str | None, thread: str | None = None) -> Session:
+        """A new session. id: None for the next of the conversation `thread`."""
         tokenizer, (state, steps) = self.model.tokenizer, self._state()
         said = [] if system is None else tokenizer.message("system", system)
         state.pin([*tokenizer.start, *said])
         turns: Sequence[NewTurn] = [] if system is None else [NewTurn("system", system, said)]
-        head = self.store.create(
-            id,
-            self.model.identity,
-            checkpoint=state.checkpoint(),
-            turns=turns,
-            settings={"system": system} | ({} if thread is None else {THREAD: thread}),
-        )
+        with self._naming:
+            name = self._free_name(thread or "") if id is None else id
+            branch = {} if thread in (None, name) else {THREAD: thread}
+            head = self.store.create(
+                name,
+                self.model.identity,
+                checkpoint=state.checkpoint(),
+                turns=turns,
+                settings={"system": system} | branch,
+            )
         return self._opened(state, steps, head)
 
     def _state(self) -> tuple[RollingState, Steps]:

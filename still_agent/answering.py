@@ -30,7 +30,7 @@ from still_memory.errors import ConflictError, InputError
 from still_memory.records import MAX_SESSION_NAME, Head, check_session_name, check_text
 
 ROOM = 16  # characters that a branch's number may take
-_TRIES = 3  # for sessions that others move on meanwhile
+_TRIES = 32  # for sessions that others move on meanwhile: each is a turn of theirs
 
 
 @dataclass(frozen=True)
@@ -169,14 +169,20 @@ class Answering(Iterator[str]):
                 self.place = self._sessions.place(self._thread, self._told)
             assert self.place is not None
             session = self.place.session
-            with session.lock:
-                if self._stream is None and session.head != self.place.head:
-                    continue  # somebody was first: the list goes on from elsewhere now
+            # Of nameless lists that begin alike, none waits for another's turn.
+            patient = bool(self._thread) or self._stream is not None
+            if not session.lock.acquire(blocking=patient):
+                continue
+            try:
                 if self._stream is None:
+                    if session.head != self.place.head or not (patient or session.idle):
+                        continue  # somebody was first: the list goes on from elsewhere now
                     told = self._told[self.place.known :]
                     self._stream = session.reply_to(told, self.place.head, *self._options)
                 yield self._stream
                 return
+            finally:
+                session.lock.release()
         raise ConflictError(
             f"conversation {self._thread!r} is written by others all the while; try again"
         )

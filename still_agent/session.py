@@ -328,6 +328,16 @@ class Session:
         """What the next turn of this object follows."""
         return self._head
 
+    @property
+    def idle(self) -> bool:
+        """Whether no other thread computes a turn of it, and no stream is open."""
+        if not self.lock.acquire(blocking=False):
+            return False
+        try:
+            return self._open is None
+        finally:
+            self.lock.release()
+
     def advance(self, pieces: Pieces) -> str:
         """The next piece of a stream; beginning one abandons a stream that is open."""
         with self._computing(pieces):

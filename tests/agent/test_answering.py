@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 import threading
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -127,6 +129,75 @@ def test_nameless_conversations_are_told_apart_by_what_was_said(agent: Agent) ->
     assert [session_of(answered(agent, told)) for told in (one, two)] == names
     assert "Porto" in one[-1].text and "Rome" in two[-1].text
     assert agent.branches("alice") == []
+
+
+def test_strangers_whose_lists_begin_alike_do_not_meet(agent: Agent) -> None:
+    known = list(TOLD)
+    answered(agent, known)
+    for common in ([SYSTEM], known):  # of the second one, both want the session that there is
+        one = agent.answer([*common, Message("user", "My brother Max lives in Rome.")])
+        other = agent.answer([*common, Message("user", "My sister Eve lives in Paris.")])
+        pieces = [next(one), *other, *one]
+        assert one.reply is not None and other.reply is not None
+        assert "".join(pieces) == pieces[0] + other.reply.text + one.reply.text[len(pieces[0]) :]
+        assert session_of(one) != session_of(other)
+
+
+def test_no_stranger_waits_for_another(agent: Agent) -> None:
+    known = list(TOLD)
+    answered(agent, known)
+    done = threading.Event()
+    for common in ([SYSTEM], known):
+        one = agent.answer([*common, Message("user", "My brother Max lives in Rome.")])
+
+        def other(common: list[Message] = common) -> None:
+            answered(agent, [*common, Message("user", "My sister Eve lives in Paris.")])
+            done.set()
+
+        with one.alone():
+            threading.Thread(target=other).start()
+            assert done.wait(20)
+        done.clear()
+
+
+def test_a_damaged_nameless_conversation_is_its_own_matter(load: Load, tmp_path: Path) -> None:
+    with load() as agent:
+        damaged = session_of(answered(agent, list(TOLD)))
+    with closing(sqlite3.connect(tmp_path / "m.db")) as conn, conn:
+        assert conn.execute("update checkpoints set digest = x'00'").rowcount
+    with load() as agent:
+        assert session_of(answered(agent, list(TOLD))) != damaged
+
+
+def test_many_branches_can_be_begun_at_once(agent: Agent) -> None:
+    known = list(TOLD)
+    answered(agent, known, session="edited")
+    answered(agent, [*known, ASK], session="edited")
+    asked = [
+        ("edited", [*known, Message("user", f"My {i} friends live in Rome.")]) for i in range(5)
+    ]
+    asked += [("team", [Message("system", f"You are agent {i}."), ASK]) for i in range(5)]
+    done: list[Answering] = []
+
+    def ask(name: str, messages: list[Message]) -> None:
+        done.append(answered(agent, messages, session=name, max_tokens=4))
+
+    threads = [threading.Thread(target=ask, args=one) for one in asked]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    names = [f"edited~{i}" for i in range(2, 7)] + ["team", *(f"team~{i}" for i in range(2, 6))]
+    assert sorted(map(session_of, done)) == sorted(names)
+
+
+def test_a_first_turn_that_was_undone_is_asked_again_in_the_same_session(agent: Agent) -> None:
+    for told in ([ASK], TOLD):
+        name = f"of {len(told)}"
+        left = agent.answer(told, session=name)
+        next(left)
+        left.close()
+        assert session_of(answered(agent, list(told), session=name)) == name
 
 
 def test_several_new_messages_are_one_turn_and_a_replay_of_them_is_exact(agent: Agent) -> None:
