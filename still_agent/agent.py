@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Self
 from weakref import WeakValueDictionary
 
 import torch
+from pydantic import JsonValue
 
 from still_agent.answering import Answering, Place, branch_name, check_thread, turns_of
 from still_agent.batch import thread_of
@@ -548,8 +549,9 @@ class Agent:
     def _unsaid(self, thread: str) -> Head | None:
         """A conversation's session in which nothing was said yet: its first turn was undone."""
         head = self.store.head(thread) if thread else None
-        own = head is not None and head.model.address == self.model.identity.address
-        return head if own and head.turns == 0 and THREAD not in head.settings else None
+        if head is None or head.turns or THREAD in head.settings:
+            return None
+        return head if head.model.address == self.model.identity.address else None
 
     def _idle(self, head: Head) -> bool:
         session = self._open_here(head)
@@ -563,13 +565,15 @@ class Agent:
         turns: Sequence[NewTurn] = [] if system is None else [NewTurn("system", system, said)]
         with self._naming:
             name = self._free_name(thread or "") if id is None else id
-            branch = {} if thread in (None, name) else {THREAD: thread}
+            settings: dict[str, JsonValue] = {"system": system}
+            if thread not in (None, name):
+                settings[THREAD] = thread
             head = self.store.create(
                 name,
                 self.model.identity,
                 checkpoint=state.checkpoint(),
                 turns=turns,
-                settings={"system": system} | branch,
+                settings=settings,
             )
         return self._opened(state, steps, head)
 
