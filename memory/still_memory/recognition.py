@@ -20,10 +20,12 @@ from itertools import accumulate
 from pydantic import JsonValue
 
 from still_memory import ledger
+from still_memory.records import to_json
 from still_memory.vault import Vault
 
 THREAD = "thread"  # in a session's settings
 _AT_ONCE = 500  # digests of one query
+_FEW = 8  # turns that each have a query of their own, and branches that are read to the root
 
 # The tenant's sessions that are branches of a conversation, and of the model. The plus has SQLite
 # begin at the turn, where few stand, and not go through all that the tenant has.
@@ -32,6 +34,15 @@ _BRANCHES = (
     " join checkpoints c on c.session = s.id and c.generation = s.generation"
     " where +s.tenant = :tenant and s.draft_of is null and m.address = :model"
     " and (s.thread = :thread or (s.name = :thread and s.thread is null))"
+)
+
+# The turns of a conversation's branches
+_WAYS = (
+    "with recursive way (id) as (select c.turn from sessions s"
+    " join checkpoints c on c.session = s.id and c.generation = s.generation"
+    " where s.name in (select value from json_each(?2)) and s.tenant = ?1 and c.turn not null"
+    " union select parent from way join turns using (id) where parent not null)"
+    " select id from way"
 )
 
 # The turns that lead on from one, and itself
@@ -57,12 +68,13 @@ def thread_of(settings: Mapping[str, JsonValue]) -> str | None:
     return thread if isinstance(thread, str) else None
 
 
-def branches(conn: sqlite3.Connection, tenant: int, thread: str) -> list[str]:
+def branches(conn: sqlite3.Connection, tenant: int, thread: str, limit: int = -1) -> list[str]:
     """The sessions of a conversation, oldest first; names as they are stored."""
     rows = conn.execute(
         "select name from sessions where tenant = ?1 and draft_of is null"
-        " and (thread = ?2 or (name = ?2 and thread is null)) order by id",
-        (tenant, thread),
+        " and (thread = ?2 or (name = ?2 and thread is null)) order by id"
+        " limit ?3",
+        (tenant, thread, limit),
     )
     return [name for (name,) in rows]
 
@@ -87,6 +99,8 @@ def find(
         accumulate(told, lambda said, turn: ledger.said_after(vault, said, *turn), initial=b"")
     )
     for number, turns in _turns(conn, tenant, digests):
+        if len(turns) > _FEW:  # a common beginning: only the conversation's own are looked at
+            turns = _own(conn, tenant, thread, turns)
         where = {"tenant": tenant, "thread": thread, "model": model}
         for stands, condition in ((True, "c.turn = :turn"), (False, f"c.turn in {_AFTER}")):
             query = f"{_BRANCHES} and {condition} order by s.updated desc, s.id desc"
@@ -96,6 +110,15 @@ def find(
                     ledger.read_one(conn, vault, turn, number)
                     return Known(row[0], number, turn, stands)
     return None
+
+
+def _own(conn: sqlite3.Connection, tenant: int, thread: str, turns: list[int]) -> list[int]:
+    """Those of the turns that a conversation of few branches has; all, for one of many."""
+    names = branches(conn, tenant, thread, _FEW + 1)
+    if len(names) > _FEW:
+        return turns
+    ways = {row[0] for row in conn.execute(_WAYS, (tenant, to_json(names, "names")))}
+    return [turn for turn in turns if turn in ways]
 
 
 def _turns(

@@ -122,3 +122,30 @@ def test_turns_moved_between_conversations_are_damage_and_not_reused(
         conn.commit()
     with pytest.raises(DamageError):
         found(store, [*TOLD, ("user", "And now?")], "b", model)
+
+
+def test_a_beginning_that_many_share_costs_a_conversation_nothing_of_the_others(
+    store: MemoryStore, begin: Begin, model: ModelIdentity
+) -> None:
+    def steps(thread: str) -> int:
+        counted = [0]
+        with store._file.reading() as conn:
+            conn.set_progress_handler(lambda: counted.__setitem__(0, counted[0] + 1), 10)
+        store.recognise(TOLD, thread, model)
+        with store._file.reading() as conn:
+            conn.set_progress_handler(None, 0)
+        return counted[0]
+
+    def more(long: int) -> None:
+        for n in range(20):
+            begin(store, f"{long} {n}", [*TOLD[:1], *(("user", f"{n}.{i}") for i in range(long))])
+
+    more(2)
+    assert found(store, TOLD, "2 7", model) == ("2 7", 1, False)
+    assert found(store, TOLD, "new", model) is None
+    before = steps("new"), steps("2 7")
+    more(100)
+    assert found(store, TOLD, "100 7", model) == ("100 7", 1, False)
+    assert all(
+        after < 3 * few for after, few in zip((steps("new"), steps("2 7")), before, strict=True)
+    )
