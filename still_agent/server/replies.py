@@ -78,7 +78,7 @@ class TurnResponse(Response):
         async for event in events:
             if isinstance(event, Placed):
                 break
-            if isinstance(event, Compaction):
+            if isinstance(event, Compaction) and self._shape.compactions:
                 early.append(event)
         assert isinstance(event, Placed)  # no turn ends without: it raises
         headers = {

@@ -146,6 +146,34 @@ def test_an_edited_message_is_answered_in_a_branch_that_goes_on_by_its_name(
     assert again[1] == "branch~2" and again[2]["forked_from"] is None
 
 
+def test_a_stream_has_none_but_openais_chunks_where_a_branch_is_read_again(
+    client: openai.OpenAI,
+) -> None:
+    def ask(*messages: Any) -> list[Any]:
+        stream = client.chat.completions.create(
+            model="reference",
+            messages=list(messages),
+            stream=True,
+            max_tokens=8,
+            extra_body={"session_id": "far back"},
+        )
+        return list(stream)
+
+    def said(chunks: list[Any]) -> dict[str, str]:
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+        return {"role": "assistant", "content": text}
+
+    told: list[Any] = [{"role": "user", "content": "The wind rose. " * 200}]
+    told.append(said(ask(*told)))
+    first = list(told)
+    for _ in range(3):
+        told.append(ASK)
+        told.append(said(ask(*told)))
+    chunks = ask(*first, {"role": "user", "content": "Who is Ana?"})
+    assert chunks[0].model_extra["still"]["forked_from"] == "far back"
+    assert all(chunk.choices for chunk in chunks)
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_tools_are_called_and_their_results_read(client: openai.OpenAI, stream: bool) -> None:
     told: list[Any] = [{"role": "user", "content": "How is the weather in Porto?"}]
