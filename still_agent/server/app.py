@@ -36,7 +36,8 @@ def make_app(service: Service) -> ASGIApp:
     async def metrics(request: Request) -> Response:
         if tenant_of(request, service.keys) != "":  # sums over all tenants are the operator's
             raise ApiError(403, "The figures are for keys of the tenant without a name.")
-        return Response(service.metrics.page(), media_type=TYPE)
+        page = await service.turns.look(service.metrics.page)  # which waits for agents
+        return Response(page, media_type=TYPE)
 
     async def fail(request: Request, error: Exception) -> Response:
         if not isinstance(error, HungUp):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -65,6 +67,16 @@ def test_tenants_share_the_server_and_no_session(keyed: Served) -> None:
         known, unknown = (alice.get(f"/v1/sessions/{id}") for id in ("ours", "nobody's"))
         assert known.status_code == 404 and known.json() == unknown.json()
         assert alice.get("/v1/sessions").json()["data"] == []
+
+
+def test_figures_keep_nobody_waiting(server: Served) -> None:
+    with server.http() as http, ThreadPoolExecutor() as threads:
+        with server.service.agents._lock:  # as while a tenant's file is being opened
+            figures = threads.submit(http.get, "/metrics")
+            for _ in range(20):
+                assert http.get("/healthz", timeout=10).status_code == 200
+                time.sleep(0.02)
+        assert figures.result().status_code == 200
 
 
 def test_figures_are_the_operators(keyed: Served) -> None:
