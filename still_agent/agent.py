@@ -238,7 +238,7 @@ class Agent:
         thread, drawn = check_thread(session), self.sampling.but(**sampling)
         told = turns_of(messages, tools, self._form, self._longest)
         choose = None
-        if tools or schema is not None:
+        if tools or schema is not None or tool_choice not in ("auto", "none"):
             choose = self._grammars.constrain(
                 drawn,
                 schema=schema,

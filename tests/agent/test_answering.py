@@ -303,6 +303,12 @@ def test_what_asks_for_no_reply_is_refused_and_leaves_no_session(
     assert agent.sessions() == []
 
 
+@pytest.mark.parametrize("choice", ["required", "weather"])
+def test_a_call_is_not_left_out_unsaid_where_no_tool_is_given(agent: Agent, choice: str) -> None:
+    with pytest.raises(InputError, match="tool"):
+        agent.answer(TOLD, tool_choice=choice)
+
+
 def test_a_conversation_of_another_model_is_refused(load: Load, tmp_path: Path) -> None:
     with load() as agent:
         answered(agent, list(TOLD), session="alice")
