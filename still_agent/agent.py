@@ -500,9 +500,10 @@ class Agent:
         """
         state, steps = self._state()
         past, restored = stand_at(state, steps, self.store, head, at, on_replay)
+        checkpoint = state.checkpoint()
         with self._naming:
             name = self._free_name(thread or "") if name is None else name
-            made = self.store.fork(past, name, state.checkpoint(), thread)
+            made = self.store.fork(past, name, checkpoint, thread)
         forked = self._opened(state, steps, made)
         forked.restored = restored
         return forked
@@ -563,6 +564,7 @@ class Agent:
         said = [] if system is None else tokenizer.message("system", system)
         state.pin([*tokenizer.start, *said])
         turns: Sequence[NewTurn] = [] if system is None else [NewTurn("system", system, said)]
+        checkpoint = state.checkpoint()
         with self._naming:
             name = self._free_name(thread or "") if id is None else id
             settings: dict[str, JsonValue] = {"system": system}
@@ -571,7 +573,7 @@ class Agent:
             head = self.store.create(
                 name,
                 self.model.identity,
-                checkpoint=state.checkpoint(),
+                checkpoint=checkpoint,
                 turns=turns,
                 settings=settings,
             )
