@@ -339,6 +339,15 @@ def test_what_asks_for_more_in_the_models_thread_gets_it_there() -> None:
     assert cache.ids == [5]
 
 
+@pytest.fixture
+def interrupts() -> Iterator[None]:
+    """SIGINT raises, also where the tests were started in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interrupts")
 @pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="signals of POSIX")
 @pytest.mark.parametrize("computed", [False, True], ids=["while queued", "while computed"])
 def test_an_interrupted_waiter_takes_its_row_with_it(
