@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from still_agent.ending import Endings
+from still_agent.ending import Endings, Hints
 from still_agent.models.tokenizers import Tokenizer
 from still_agent.sampling import Sampler, Sampling
 
@@ -38,7 +38,7 @@ Stage = Enum("Stage", "BEFORE REASONING AFTER SAYING")
 class Constraint:
     """Takes logits `(vocab,)` to the next token, as `Sampler` does; for one reply.
 
-    way: tokens that end the reply from its beginning. hints: see `Endings.way`.
+    way: tokens that end the reply from its beginning. hints: see `Endings.hints`.
     opening: where a call begins in text that may end anywhere; None if this is none.
     reasoning: as `decode.answer` has it.
     """
@@ -48,7 +48,7 @@ class Constraint:
         matcher: Any,
         way: Sequence[int],
         endings: Endings,
-        hints: Sequence[str],
+        hints: Hints,
         tokenizer: Tokenizer,
         sampling: Sampling,
         *,

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,11 @@ from still_memory.errors import InputError
 
 Bits = npt.NDArray[np.bool_]  # (vocab,)
 
+Hints = tuple[tuple[bytes, tuple[int, ...]], ...]  # what may end a string, and its tokens
+
 FARTHEST = 4096  # bytes of a way; what takes more has none
+HINTS = 1000  # ends of strings that are known,
+TRIED = 10_000  # and tried along one way
 _FIRST = b",0ntf"  # of what follows a value, or begins one: what ends soonest
 _LAST = b"{[-"
 _ESCAPE = ord("\\")
@@ -47,12 +51,21 @@ class Endings:
         self._bytes = [tokens[bytes([byte])] for byte in range(256)]
         self._numeral = np.array([text[:1].isdigit() for text in spelled])
 
+    def hints(self, texts: Iterable[str]) -> Hints:
+        """What may end a string: the shortest ends of these texts (see `witness.py`)."""
+        tails: set[str] = set()
+        for text in sorted(texts, key=lambda t: (len(t), t)):
+            tails.update(text[at:] for at in range(len(text)))
+            if len(tails) > HINTS:
+                break
+        ends = (json.dumps(tail, ensure_ascii=False)[1:].encode() for tail in tails)
+        shortest = sorted(ends, key=lambda end: (len(end), end))[:HINTS]
+        return tuple((end, self._spelled(end)) for end in shortest)
+
     def way(
-        self, matcher: Any, hints: Iterable[str] = (), most: int | None = None
+        self, matcher: Any, hints: Hints = (), most: int | None = None
     ) -> tuple[int, ...] | None:
         """At most `most` tokens to the end, the one that ends a reply left out.
-
-        hints: texts that may end a string (see `witness.py`).
 
         None if no way is found. The matcher is left as it was.
         """
@@ -60,8 +73,10 @@ class Endings:
         way = bytearray()
         used: Counter[int] = Counter()  # since something was closed
         steps = 0
+        # However many there are, a way takes no longer than the tries that it has.
+        left = iter(range(TRIED))
         while not (found := matcher.is_accepting()) and steps == len(way) < farthest:
-            taken = matcher.compute_ff_bytes() or self._choice(matcher, hints, used)
+            taken = matcher.compute_ff_bytes() or self._choice(matcher, hints, used, left)
             way += taken
             steps += matcher.try_consume_tokens(self._spelled(taken)) if taken else 1
         if steps := min(steps, len(way)):
@@ -85,13 +100,13 @@ class Endings:
     def _spelled(self, text: bytes | bytearray) -> tuple[int, ...]:
         return tuple(self._bytes[byte] for byte in text)
 
-    def _choice(self, matcher: Any, hints: Iterable[str], used: Counter[int]) -> bytes:
+    def _choice(self, matcher: Any, hints: Hints, used: Counter[int], left: Iterator[int]) -> bytes:
         """What to take of all that may come next; nothing if nothing may."""
         bits = np.unpackbits(np.frombuffer(matcher.compute_bitmask(), np.uint8), bitorder="little")
         allowed = bytes(np.flatnonzero(bits[self._bytes]).astype(np.uint8))
         quote = b'"' if 0x22 in allowed else b""
         # Where a string must go on, a bracket is no more than another letter of it.
-        if not quote and (hinted := self._hinted(matcher, hints)):
+        if not quote and (hinted := _hinted(matcher, hints, left)):
             return hinted
         brackets = bytes(byte for byte in allowed if byte in b"}]")
         closing = brackets if len(brackets) == 1 else quote  # a string may hold both
@@ -111,13 +126,6 @@ class Endings:
         used[best] += 1
         return bytes([best])
 
-    def _hinted(self, matcher: Any, hints: Iterable[str]) -> bytes:
-        """The shortest end of a hint after which a string may be closed; none if there is none."""
-        tails = {hint[at:] for hint in hints for at in range(len(hint))}
-        ends = (json.dumps(tail, ensure_ascii=False)[1:].encode() for tail in tails)
-        spelled = ((end, self._spelled(end)) for end in sorted(ends, key=lambda e: (len(e), e)))
-        return next((end for end, ids in spelled if matcher.validate_tokens(ids) == len(ids)), b"")
-
     def _fewest(self, way: bytes) -> tuple[int, ...]:
         """The bytes as the fewest tokens."""
         # best[i]: tokens of way[i:], and how many bytes the first of them takes
@@ -135,6 +143,14 @@ class Endings:
             tokens.append(self._tokens[way[at : at + n]])
             at += n
         return tuple(tokens)
+
+
+def _hinted(matcher: Any, hints: Hints, left: Iterator[int]) -> bytes:
+    """The shortest end of a hint after which a string may be closed; none if there is none."""
+    for (end, ids), _ in zip(hints, left, strict=False):
+        if matcher.validate_tokens(ids) == len(ids):
+            return end
+    return b""
 
 
 def _kind(byte: int) -> str:

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from still_agent.constraint import Constraint
-from still_agent.ending import FARTHEST, Endings
+from still_agent.ending import FARTHEST, Endings, Hints
 from still_agent.messages import JsonValue
 from still_agent.models.tokenizers import Tokenizer
 from still_agent.sampling import Sampling
@@ -109,7 +109,8 @@ class Grammars:
             return None
         tools = tools if choice != "none" else ()
         grammar = _grammar(schema, tools, choice, format, parallel)
-        hints = tuple(set(witnesses([schema, *(tool.parameters for tool in tools)])))
+        parameters = [tool.parameters for tool in tools]
+        hints = self._endings.hints(set(witnesses([schema, *parameters])))
         matcher, way = self._compile(grammar, tools, hints)
         text = schema is None and choice != "required"
         return Constraint(
@@ -125,7 +126,7 @@ class Grammars:
         )
 
     def _compile(
-        self, grammar: str, tools: Sequence[Tool], hints: Sequence[str]
+        self, grammar: str, tools: Sequence[Tool], hints: Hints
     ) -> tuple[Any, tuple[int, ...]]:
         """A matcher at the grammar's beginning, and a short reply of it."""
         with self._lock:

@@ -49,7 +49,8 @@ def witness(pattern: str) -> str | None:
 
 
 def _of(parts: Any) -> str:
-    return "".join(_part(str(kind), value) for kind, value in parts)
+    """Cut where it is longer than a witness may be, or `(a{999}){999}` would take what it says."""
+    return "".join(_part(str(kind), value) for kind, value in parts)[: LONGEST + 1]
 
 
 def _part(kind: str, value: Any) -> str:
@@ -65,7 +66,7 @@ def _part(kind: str, value: Any) -> str:
             return next(c for c in (*_TRIED, *starts) if _holds(value, c))
         case "MAX_REPEAT" | "MIN_REPEAT" | "POSSESSIVE_REPEAT":
             least, _, repeated = value
-            return _of(repeated) * min(least, LONGEST + 1)
+            return (text := _of(repeated)) * min(least, LONGEST // max(1, len(text)) + 1)
         case "SUBPATTERN":
             return _of(value[-1])
         case "ATOMIC_GROUP":

@@ -7,6 +7,7 @@ import re
 import sys
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from enum import Enum
@@ -26,6 +27,7 @@ from still_agent.models import HubTokenizer, TiktokenTokenizer, Tokenizer
 from still_agent.rolling import RollingState
 from still_agent.sampling import Sampling
 from still_agent.tools import GEMMA, QWEN, Tool, ToolFormat
+from still_agent.witness import witness
 from still_memory.errors import InputError
 from tests.conftest import REFERENCE
 from tests.models.hub import CHATML, HYBRID, THINKING, build_hub
@@ -610,6 +612,25 @@ def test_a_pattern_of_very_many_states_ends_whole_and_soon(
     assert ended
     assert re.search(pattern, json.loads(text), re.DOTALL)
     assert time.perf_counter() - begun < 20
+
+
+@pytest.mark.parametrize("pattern", ["((a{999}){999}){99}", "(((a{999}|b{999}){99}){99}){99}"])
+def test_a_pattern_of_a_vast_text_takes_no_memory(pattern: str) -> None:
+    tracemalloc.start()
+    assert witness(pattern) is None
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 2**20
+
+
+def test_very_many_patterns_end_soon(grammars: Grammars) -> None:
+    each = {f"p{i}": {"type": "string", "pattern": f"a{{900}}{i}b"} for i in range(100)}
+    begun = time.perf_counter()
+    with pytest.raises(InputError, match="no reply"):
+        grammars.constrain(
+            Sampling(), schema={"type": "object", "properties": each, "required": ["p0"]}
+        )
+    assert time.perf_counter() - begun < 3
 
 
 def test_a_tool_whose_schema_is_refused_is_named(grammars: Grammars) -> None:
