@@ -12,6 +12,7 @@ from langchain_core.output_parsers import JsonOutputParser, PydanticOutputParser
 from langchain_core.runnables import Runnable, RunnableLambda, RunnableMap, RunnablePassthrough
 from langchain_core.utils.function_calling import convert_to_json_schema
 from langchain_core.utils.pydantic import is_basemodel_subclass
+from pydantic import BaseModel
 
 from still_memory.errors import InputError
 
@@ -26,7 +27,7 @@ def schema_of(response_format: Any) -> dict[str, Any] | None:
         case {"type": "json_schema", "json_schema": {"schema": dict(schema)}}:
             return schema
         case type():
-            return convert_to_json_schema(response_format)
+            return _json_schema(response_format)
     raise InputError(
         f"{str(response_format)[:200]!r} is no response_format: give "
         '{"type": "json_schema", "json_schema": {"name": ..., "schema": {...}}}, or '
@@ -38,10 +39,25 @@ def response_format_of(schema: Any) -> dict[str, Any]:
     """What asks for values of a pydantic class, a TypedDict or a JSON schema; None: any object."""
     if schema is None:
         return {"type": "json_object"}
-    plain = isinstance(schema, dict) and "title" not in schema and "properties" in schema
-    found: dict[str, Any] = schema if plain else convert_to_json_schema(schema)
+    found = _json_schema(schema)
     name = found.get("title", "reply")
     return {"type": "json_schema", "json_schema": {"name": name, "schema": found}}
+
+
+def _json_schema(schema: Any) -> dict[str, Any]:
+    """As it is meant. LangChain's own conversion is for tools: of a JSON schema it keeps objects
+    alone, and of a class that refers to itself not what it refers to."""
+    if isinstance(schema, dict) and not _declares(schema):
+        return schema
+    if isinstance(schema, type) and issubclass(schema, BaseModel):
+        return schema.model_json_schema()
+    return convert_to_json_schema(schema)
+
+
+def _declares(schema: dict[str, Any]) -> bool:
+    """Whether this declares a tool, in one of the ways that LangChain knows."""
+    named = isinstance(schema.get("name"), str)
+    return named or "toolSpec" in schema or schema.get("type") == "function"
 
 
 def parser_of(schema: Any) -> Runnable[Any, Any]:

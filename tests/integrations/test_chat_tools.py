@@ -146,6 +146,26 @@ def test_a_plain_schema_and_none_will_do(chat: ChatStill) -> None:
     assert isinstance(chat.with_structured_output(method="json_mode").invoke("Who?"), dict)
 
 
+class Tree(BaseModel):
+    """It refers to itself."""
+
+    name: str
+    children: list[Tree] = []
+
+
+@pytest.mark.parametrize(
+    ("schema", "most"), [({"title": "Yes", "type": "boolean"}, True), ({"enum": [7]}, 7)]
+)
+def test_a_schema_of_no_object_is_kept_to(chat: ChatStill, schema: Any, most: Any) -> None:
+    value = chat.with_structured_output(schema).invoke("Who?")
+    assert type(value) is type(most)
+
+
+def test_a_class_that_refers_to_itself_is_kept_to(make_chat: MakeChat) -> None:
+    chat = make_chat(max_tokens=60)
+    assert isinstance(chat.with_structured_output(Tree).invoke("list two"), Tree)
+
+
 def test_the_raw_message_comes_with_the_value_or_with_what_is_wrong(make_chat: MakeChat) -> None:
     found = make_chat(max_tokens=64).with_structured_output(Sister, include_raw=True).invoke("Who?")
     assert isinstance(found, dict) and isinstance(found["raw"], AIMessage)
