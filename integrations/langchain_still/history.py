@@ -64,7 +64,7 @@ class StillChatMessageHistory(BaseChatMessageHistory):
         told = [(m.role, form.text(m.text, m.tool_calls)) for m in to_still(messages)]
         with self._store() as store:
             had = [(turn.role, turn.text) for turn in self._turns(store)]
-            name = self._name(store) or self.session_id
+            name = self._name(store)
         there = next(n for n in range(len(told), -1, -1) if had[len(had) - n :] == told[:n])
         if there == len(told):
             return
@@ -73,7 +73,10 @@ class StillChatMessageHistory(BaseChatMessageHistory):
                 "these messages were not answered from this store, and a model must read them: "
                 "give the ChatStill in place of the file"
             )
-        chat = self._from.open().session(name)
+        agent = self._from.open()
+        # A conversation that is begun gets a name of its own: its own may be another's branch.
+        begun = [("user", "")]
+        chat = agent.session(name) if name else agent.place(self.session_id, begun).session
         for role, text in told[there:]:
             chat.read(text, role=role)
 

@@ -91,3 +91,14 @@ def test_clear_deletes_the_conversation_and_no_other(chat: ChatStill) -> None:
     for _ in range(2):
         StillChatMessageHistory("alice", chat).clear()
     assert [info.name for info in chat.open().sessions()] == ["bob"]
+
+
+def test_a_conversation_that_is_called_as_anothers_branch_is_its_own(chat: ChatStill) -> None:
+    for system in ("One.", "Two."):
+        chat.invoke([SystemMessage(system), HumanMessage("Hello.")], session_id="alice")
+    assert chat.open().branches("alice") == ["alice", "alice~2"]
+    before = chat.open().session("alice~2").history()
+    history = StillChatMessageHistory("alice~2", chat)
+    history.add_messages([HumanMessage("My sister is Ana."), AIMessage("Noted.")])
+    assert [m.text for m in history.messages] == ["My sister is Ana.", "Noted."]
+    assert chat.open().session("alice~2").history() == before
