@@ -28,7 +28,7 @@ def _tool(declared: Mapping[str, Any]) -> Tool:
             "give functions, pydantic classes or tools of LangChain"
         )
     parameters = function.get("parameters") or {"type": "object", "properties": {}}
-    return Tool(function["name"], function.get("description") or "", dict(parameters))
+    return Tool(function.get("name", ""), function.get("description") or "", parameters)
 
 
 def choice_of(choice: Choice) -> str:

@@ -102,7 +102,14 @@ def test_parallel_calls_come_whole_in_a_stream_and_are_recognised(
 
 @pytest.mark.parametrize(
     ("tools", "choice"),
-    [([now], "later"), ([{"type": "web_search"}], None), ([now], 7), ([now], {"type": "x"})],
+    [
+        ([now], "later"),
+        ([{"type": "web_search"}], None),
+        ([{"type": "function", "function": {"description": "without a name"}}], None),
+        ([{"type": "function", "function": {"name": "now", "parameters": "none"}}], None),
+        ([now], 7),
+        ([now], {"type": "x"}),
+    ],
 )
 def test_what_is_no_tool_or_no_choice_is_refused_when_it_is_bound(
     chat: ChatStill, tools: list[Any], choice: Any
