@@ -66,6 +66,13 @@ class StillChatMessageHistory(BaseChatMessageHistory):
             had = [(turn.role, turn.text) for turn in self._turns(store)]
             name = self._name(store)
         there = next(n for n in range(len(told), -1, -1) if had[len(had) - n :] == told[:n])
+        # What is asked may have been other words, out of the chain's prompt; the reply is the same.
+        replied = (
+            n
+            for n, message in enumerate(messages, 1)
+            if message.response_metadata.get("session") == name and had[-1:] == [told[n - 1]]
+        )
+        there = max(there, *replied, 0)
         if there == len(told):
             return
         if not isinstance(self._from, ChatStill):

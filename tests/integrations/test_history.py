@@ -48,6 +48,22 @@ def test_each_turn_is_told_once_and_read_once(chat: ChatStill, after: Any) -> No
     assert chat.open().branches("alice") == ["alice"]
 
 
+def test_what_a_prompt_puts_around_the_input_is_not_told_again_without(chat: ChatStill) -> None:
+    prompt = ChatPromptTemplate.from_messages(
+        [MessagesPlaceholder("history"), ("human", "Question: {said}")]
+    )
+    chain: Any = RunnableWithMessageHistory(
+        prompt | chat,
+        lambda session_id: StillChatMessageHistory(session_id, chat),
+        input_messages_key="said",
+        history_messages_key="history",
+    )
+    for said in ("Hello.", "Hello again."):
+        chain.invoke({"said": said}, CONFIG)
+    said = [m.text for m in StillChatMessageHistory("alice", chat).messages[::2]]
+    assert said == ["Question: Hello.", "Question: Hello again."]
+
+
 def test_a_file_is_read_without_a_model_and_the_newest_branch_is_shown(
     chat: ChatStill, store: Path
 ) -> None:
