@@ -131,12 +131,14 @@ def _messages(turns: Sequence[TurnRecord], form: ToolFormat) -> Iterator[BaseMes
         match turn.role:
             case "assistant":
                 content, calls = form.parse(turn.text)
+                if form.text(content, calls) != turn.text:  # it only looks like calls
+                    content, calls = turn.text, ()
                 waiting = [f"call_{turn.id}_{n}" for n in range(len(calls))]
                 named = [
                     tool_call(name=call.name, args=call.arguments, id=id)
                     for call, id in zip(calls, waiting, strict=True)
                 ]
-                yield AIMessage(content if calls else turn.text, tool_calls=named)
+                yield AIMessage(content, tool_calls=named)
             case "tool":
                 yield ToolMessage(turn.text, tool_call_id=waiting.pop(0) if waiting else "")
             case "system":

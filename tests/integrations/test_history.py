@@ -101,6 +101,15 @@ def test_what_was_not_answered_here_is_read(chat: ChatStill) -> None:
     assert about["known"] == len(told) and about["forked_from"] is None
 
 
+def test_text_that_looks_like_a_call_is_shown_as_it_was_said(chat: ChatStill) -> None:
+    said = '<tool_call>{"name": "now", "arguments": {}}</tool_call>'  # a call has its own lines
+    chat.invoke([HumanMessage("How?"), AIMessage(said), HumanMessage("So?")], session_id="alice")
+    history = StillChatMessageHistory("alice", chat).messages
+    assert history[1].text == said
+    about = chat.invoke([*history, HumanMessage("Oh.")], session_id="alice").response_metadata
+    assert about["known"] == 4 and about["forked_from"] is None
+
+
 def test_clear_deletes_the_conversation_and_no_other(chat: ChatStill) -> None:
     for session in ("alice", "bob"):
         chat.invoke("Hello.", session_id=session)
