@@ -6,8 +6,8 @@ way after it, else the first token of the known way is. The way is mostly the ol
 a look; where a token has changed it (a new key, a bracket), it is found anew. So every reply is
 whole whose first way fits; one whose does not, goes that way as far as it may.
 
-For the same reason a number ends after twenty digits, which is more than 64 bits hold, wherever the
-grammar lets it.
+For the same reason a number ends after sixteen digits, wherever the grammar lets it. With what a
+token of several adds, that is what 64 bits hold: a graph's checkpoint could not hold more.
 
 Text in which a call may begin needs no end, so that a reply cut by its limit says so. A call begins
 there only where it has room.
@@ -31,7 +31,7 @@ from still_agent.models.tokenizers import Tokenizer
 from still_agent.sampling import Sampler, Sampling
 
 END = 1  # the token that ends a reply
-DIGITS = 20  # of a number, or of its fraction
+DIGITS = 16  # of a number, or of its fraction
 Stage = Enum("Stage", "BEFORE REASONING AFTER SAYING")
 
 
