@@ -258,7 +258,10 @@ def test_a_stream_that_is_left_is_undone(chat: ChatStill) -> None:
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_call_that_is_cancelled_is_undone(make_chat: MakeChat, streaming: bool) -> None:
-    chat = make_chat(max_tokens=200)
+    chat = make_chat(max_tokens=800)
+    digits = {"type": "array", "items": {"enum": [0, 1]}, "minItems": 300, "maxItems": 300}
+    schema = {"type": "json_schema", "json_schema": {"name": "digits", "schema": digits}}
+    long = chat.bind(response_format=schema)  # however soon the model would end
     begun = asyncio.Event()
 
     class Begins(BaseCallbackHandler):
@@ -269,10 +272,10 @@ def test_a_call_that_is_cancelled_is_undone(make_chat: MakeChat, streaming: bool
         config: RunnableConfig = {**thread("alice"), "callbacks": [Begins()]}
         messages = [HumanMessage("Tell me all about the sea. " * 40)]
         if streaming:
-            async for _ in chat.astream(messages, config):
+            async for _ in long.astream(messages, config):
                 pass
         else:
-            await chat.ainvoke(messages, config)
+            await long.ainvoke(messages, config)
 
     async def main() -> None:
         task = asyncio.create_task(call())
